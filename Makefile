@@ -1,0 +1,96 @@
+# Needs Python 3.11 or later, pip, make and a C++ compiler; everything else is installed into $(VENV), at the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Test processes. 0 runs the tests in one process, with as many threads as torch likes.
+WORKERS ?= 2
+# More arguments for pytest or the benchmark: make test ARGS="tests/optim -k lion".
+ARGS ?=
+COMPARE ?= code-lm --methods adamw,lion,muon --trials 6 --tune-steps 150 --steps 300 --seeds 5 --out runs/compare
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PROJECT := pyproject.toml constraints.txt hatch_build.py tools/lazy_stubs.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv compare test bench lint format docs stubs clean
+
+help:
+	@echo "make compare  install and weigh AdamW, Lion and Muon against each other; results in runs/compare"
+	@echo "make test     install and run the tests"
+	@echo "make bench    install and measure step times beside other libraries'"
+	@echo "make lint     ruff, pyright and the import contracts"
+	@echo "make format   mend what ruff can mend"
+	@echo "make docs     build the site into build/site"
+	@echo "make stubs    after adding a rule: let type checkers see it"
+	@echo "make venv     only set up $(VENV)"
+	@echo "make clean    delete caches and builds; $(VENV) and runs/ stay"
+
+# Set-up. A stamp in $(VENV) says what has been installed, so that it is done again only after a change of what it depends on.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"poise needs Python 3.11 or later, this is {v.major}.{v.minor}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch alone and first: the version that constraints.txt names, whatever the other packages would choose.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.compare: $(PROJECT) $(VENV)/.torch
+	$(PIP) --editable '.[compare]'
+	@touch $@
+
+$(VENV)/.test: $(PROJECT) $(VENV)/.torch
+	$(PIP) --editable '.[compare,hf,peers,test]'
+	@touch $@ $(VENV)/.compare
+
+# timm asks for torchvision, which its optimizers have no use for, and whose published builds do not fit every build of torch.
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --no-deps timm
+	@touch $@
+
+# The type checker reads what the tests import, so it needs all of that as well.
+$(VENV)/.lint: $(PROJECT) $(VENV)/.torch
+	$(PIP) --editable '.[compare,hf,peers,test,lint]'
+	@touch $@ $(VENV)/.compare $(VENV)/.test
+
+$(VENV)/.docs: $(PROJECT) $(VENV)/.torch
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+venv: $(VENV)/.compare
+
+compare: $(VENV)/.compare
+	$(BIN)/poise compare $(COMPARE)
+
+# With several test processes each takes one thread: two that fight over two cores are slower than either alone.
+test: $(VENV)/.test
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+# Every check runs, whatever the one before it said.
+lint: $(VENV)/.lint stubs
+	@failed=; \
+	check() { echo "== $$*"; "$(BIN)/$$@" || failed="$$failed, $$*"; }; \
+	check ruff check .; \
+	check ruff format --check .; \
+	check pyright --pythonpath $(BIN)/python; \
+	check lint-imports; \
+	if [ -n "$$failed" ]; then echo "lint: failed: $${failed#, }"; exit 1; else echo "lint: good"; fi
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+stubs: $(BIN)/python
+	@$(BIN)/python tools/lazy_stubs.py
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

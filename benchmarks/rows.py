@@ -1,0 +1,120 @@
+"""What is measured: one `Row` for each line of the table. A new optimizer or a new peer is one entry of `ROWS`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.nn import Parameter
+
+# Seconds that a user waits for the first step: with nothing compiled, and with kernels found on disk.
+COLD, COLD_PER_FURTHER_KERNEL, WARM = 20.0, 6.0, 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer on one list.
+
+    Attributes:
+        name, library: the same rule has the same name in every library.
+        module, cls: where the optimizer is.
+        settings: arguments beside the parameters. Everything else is at its default.
+        group: options of its parameter group, where the library asks for a group.
+        params: a list of `lists.LISTS`.
+        dtype: of parameters and gradients.
+        target: of the ratio to torch's fused AdamW, where the project has set one.
+        beside: further rows on the same list that take turns with this one in the same process.
+        exact: the row whose weights this one's should follow: what its state format costs is measured against it.
+        slow: not run to warm up: where the CPU has no bfloat16 hardware, one step takes about half a minute.
+        note: what a reader must know.
+    """
+
+    name: str
+    library: str
+    module: str
+    cls: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    group: Mapping[str, Any] | None = None
+    params: Literal["gpt", "hidden", "one of each", "300 small"] = "gpt"
+    dtype: torch.dtype = torch.float32
+    target: float | None = None
+    beside: tuple[str, ...] = ()
+    exact: str | None = None
+    slow: bool = False
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.library}:{self.name}"
+
+    def load(self) -> type[torch.optim.Optimizer]:
+        """The optimizer's class, its library imported."""
+        if self.library == "timm":
+            for package in ("timm", "timm.optim"):
+                _bare(package)
+        return getattr(importlib.import_module(self.module), self.cls)
+
+    def make(self, params: list[Parameter]) -> torch.optim.Optimizer:
+        given: Any = params if self.group is None else [{"params": params, **self.group}]
+        return self.load()(given, **self.settings)
+
+
+def _bare(package: str) -> None:
+    """Register a package without running its __init__: timm's imports torchvision, for which its optimizers have no use."""
+    if package in sys.modules:
+        return
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    module = types.ModuleType(package)
+    module.__path__ = list(spec.submodule_search_locations or ())
+    module.__spec__ = spec
+    sys.modules[package] = module
+
+
+def _poise(name: str, cls: str, **options: Any) -> Row:
+    settings = {key: options.pop(key) for key in ("state", "backend", "momentum") if key in options}
+    return Row(name, "poise", "poise.optim", cls, settings, **options)
+
+
+MATRICES = {"use_muon": True}
+FUSED = Row("adamw", "torch", "torch.optim", "AdamW", {"fused": True}, note="null row: against itself")
+
+ROWS: dict[str, Row] = {
+    row.key: row
+    for row in (
+        FUSED,
+        _poise("adamw", "AdamW", target=1.0),
+        _poise("adamw-int8", "AdamW", state="int8", exact="poise:adamw"),
+        _poise("adamw-int4", "AdamW", state="int4", exact="poise:adamw"),
+        _poise("adamw-bf16state", "AdamW", state="bf16", exact="poise:adamw"),
+        _poise("adamw-bf16params", "AdamW", dtype=torch.bfloat16, note="bfloat16 parameters; torch's stay float32"),
+        _poise("lion", "Lion", target=0.8),
+        _poise("sgd", "SGD", momentum=0.9, note="momentum 0.9"),
+        _poise("adamw-no-compiler", "AdamW", backend="chunks", note="what runs where there is no C++ compiler"),
+        _poise("lion-no-compiler", "Lion", backend="chunks", note="what runs where there is no C++ compiler"),
+        _poise("adamw-small", "AdamW", params="300 small", target=0.7),
+        _poise("muon", "Muon", params="hidden"),
+        _poise("muon-one-of-each", "Muon", params="one of each", beside=("torch:muon",)),
+        Row("sgd", "torch", "torch.optim", "SGD", {"momentum": 0.9, "fused": True}, note="fused, momentum 0.9"),
+        Row("muon", "torch", "torch.optim", "Muon", params="one of each", slow=True),
+        Row("adamw", "pytorch_optimizer", "pytorch_optimizer", "AdamW", note="torch's own AdamW class"),
+        Row("lion", "pytorch_optimizer", "pytorch_optimizer", "Lion"),
+        Row("muon", "pytorch_optimizer", "pytorch_optimizer", "Muon", group=MATRICES, params="one of each", slow=True),
+        Row("adamw", "heavyball", "heavyball", "AdamW"),
+        Row("sgd", "heavyball", "heavyball", "SGD", note="momentum 0.9, its default"),
+        Row("muon", "heavyball", "heavyball", "Muon", params="one of each"),
+        Row("adamw", "timm", "timm.optim.adamw", "AdamWLegacy", note="its own AdamW; what it calls adamw is torch's"),
+        Row("lion", "timm", "timm.optim.lion", "Lion"),
+        Row("adamw-int8", "torchao", "torchao.optim", "AdamW8bit", exact="torch:adamw"),
+        Row("adamw-int4", "torchao", "torchao.optim", "AdamW4bit", exact="torch:adamw"),
+    )
+}
+
+PEERS = tuple(dict.fromkeys(row.library for row in ROWS.values() if row.library not in ("poise", "torch")))

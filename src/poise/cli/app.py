@@ -1,0 +1,33 @@
+"""The verbs, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import poise
+from poise.cli import compare, methods
+
+app = typer.Typer(
+    name="poise",
+    help="Optimizes the weights of neural networks, and weighs the methods that do it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("methods")(methods.methods)
+app.command("compare")(compare.compare)
+
+
+def version(asked: bool) -> None:
+    if asked:
+        typer.echo(poise.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    asked: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """What stands before the verb."""

@@ -1,0 +1,86 @@
+"""Which hyper-parameters a trial gets: a function of (seed, method, number) and nothing else.
+
+So a resumed, a parallel and a sequential study draw the same trials, and one method under two names gets the same ones twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from poise.catalog import Method, Space
+
+Side = Literal["low", "high"]
+EDGE = 0.05  # share of a range, in the scale it is drawn on, that counts as its edge
+
+
+def draw(method: Method, seed: int, number: int) -> dict[str, Any]:
+    """The hyper-parameters of trial `number`.
+
+    Trial 0 is the method's own default wherever that lies inside the space: tuning may never lose to not tuning. The others are
+    points of a Kronecker sequence, u_n = frac(shift + n * alpha): with few trials, independent draws would leave one method's
+    learning rates in a heap and spread another's by luck alone. `alpha` holds the powers of 1/g with g^(d+1) = g + 1 in d
+    dimensions, which generalise the golden ratio; `shift` is a hash of (seed, method, hyper-parameter).
+    """
+    if number < 0:
+        raise ValueError(f"number={number}: trials are numbered from 0")
+    known = defaults(method) if number == 0 else {}
+    chosen = {}
+    for (name, space), alpha in zip(method.tune.items(), steps(len(method.tune)), strict=True):
+        if name in known and inside(space, known[name]):
+            chosen[name] = known[name]
+        else:
+            chosen[name] = place(space, (shift(seed, method.name, name) + number * alpha) % 1.0)
+    return chosen
+
+
+def steps(dimensions: int) -> list[float]:
+    """The sequence's step along each axis."""
+    g = 1.5
+    for _ in range(64):  # the map contracts: far below rounding after this many
+        g = (1.0 + g) ** (1.0 / (dimensions + 1))
+    return [g ** -(axis + 1) for axis in range(dimensions)]
+
+
+def shift(seed: int, method: str, name: str) -> float:
+    """Where the sequence starts along one axis, in [0, 1)."""
+    digest = hashlib.sha256(f"{seed}\0{method}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def place(space: Space, u: float) -> Any:
+    """The value of `space` at u in [0, 1), in three digits: a number that a person can type again."""
+    if space.kind == "choice":
+        return space.options[int(u * len(space.options))]
+    if space.kind == "log_uniform":
+        value = space.low * (space.high / space.low) ** u
+    else:
+        value = space.low + (space.high - space.low) * u
+    return min(max(float(f"{value:.3g}"), space.low), space.high)
+
+
+def inside(space: Space, value: Any) -> bool:
+    """Whether `space` could have drawn `value`."""
+    if space.kind == "choice":
+        return value in space.options
+    return isinstance(value, int | float) and space.low <= value <= space.high
+
+
+def edge(space: Space, value: Any) -> Side | None:
+    """At which end of `space` a value lies, if at one: the optimum may then lie outside."""
+    if space.kind == "choice":
+        return None
+    low, high, at = float(space.low), float(space.high), float(value)
+    if space.kind == "log_uniform":
+        low, high, at = math.log(low), math.log(high), math.log(at)
+    part = (at - low) / (high - low)
+    return "low" if part < EDGE else "high" if part > 1 - EDGE else None
+
+
+def defaults(method: Method) -> Mapping[str, Any]:
+    """The hyper-parameters that the method's signature gives a value to."""
+    parameters = inspect.signature(method.target).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

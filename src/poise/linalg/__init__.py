@@ -1,0 +1,1 @@
+"""Numerical kernels that know nothing of training: polar factors, decompositions, small solvers."""

@@ -1,0 +1,304 @@
+"""Parameters that take the same way: one rule, one format, one device; and that rule's chain cut into stretches.
+
+A chain is cut where the unit changes (a matrix rule between element rules) and before a link that measures the update that
+reaches it, since its totals must be known before it may go on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..transform import Transform
+from . import kernels, shards
+from .flat import Flat, Mode
+from .links import Bound
+from .members import LOW, Member
+from .program import Program, reads_own
+from .tiled import Tiled
+from .whole import Whole, measure_whole, measures
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a chain: positions of its links, and whether they are "element" links."""
+
+    positions: tuple[int, ...]
+    element: bool
+    gated: bool  # its first link measures the update, and must be reduced before this stretch runs
+
+
+def cut(bound: Sequence[Bound]) -> list[Segment]:
+    """The stretches of a chain, in order."""
+    segments: list[Segment] = []
+    positions: list[int] = []
+    for i, b in enumerate(bound):
+        kind, gated = _kind(b), measures(b.link) and b.link.reads == "update"
+        if positions and (gated or kind != _kind(bound[positions[0]])):
+            segments.append(_segment(bound, positions))
+            positions = []
+        positions.append(i)
+    segments.append(_segment(bound, positions))
+    if not segments[-1].element:
+        raise ValueError(f"the last link must be of unit 'element', not {bound[-1].link!r}")
+    return segments
+
+
+def _kind(b: Bound) -> str:
+    """Links of one kind can stand in one stretch: matrix and tensor rules see the same whole parameters, layer rules others."""
+    return "whole" if b.link.unit in ("matrix", "tensor") else b.link.unit
+
+
+def _segment(bound: Sequence[Bound], positions: list[int]) -> Segment:
+    first = bound[positions[0]].link
+    return Segment(tuple(positions), first.unit == "element", measures(first) and first.reads == "update")
+
+
+@dataclass
+class Pass:
+    """A bucket's members that take part in one step, and what is known of them."""
+
+    members: list[Member]
+    grads: list[Tensor]  # local, contiguous, in the parameter's dtype
+    steps: list[int]
+    rows: list[dict[str, Any]]  # distinct rows of scalars
+    which: list[int]  # each member's row
+    feeds: list[dict[str, Tensor]]
+    us: list[Tensor] = field(default_factory=list)  # local, contiguous, in the computing dtype
+    own: dict[str, tuple[tuple[str, ...], Tensor]] = field(default_factory=dict)  # link prefix -> names, (members, names)
+    segment: int = 0
+    clock: int = 0  # steps of the rule
+
+    def pick(self, at: Sequence[int]) -> Pass:
+        """The same for some of the members."""
+
+        def some(values: list[Any]) -> list[Any]:
+            return [values[i] for i in at] if values else []
+
+        kept = sorted({self.which[i] for i in at})
+        rows, which = [self.rows[w] for w in kept], [kept.index(self.which[i]) for i in at]
+        own = {prefix: (names, values[list(at)]) for prefix, (names, values) in self.own.items()}
+        return Pass(
+            some(self.members),
+            some(self.grads),
+            some(self.steps),
+            rows,
+            which,
+            some(self.feeds),
+            some(self.us),
+            own,
+            self.segment,
+            self.clock,
+        )
+
+
+class Bucket:
+    """Members of one rule and device, run in one of the engine's modes ("tiles" or one of flat.Mode)."""
+
+    def __init__(self, members: Sequence[Member], mode: str) -> None:
+        self.members, self.mode = list(members), mode
+        self.bound = members[0].bound
+        self.links: tuple[Transform, ...] = tuple(b.link for b in self.bound)
+        self.segments = cut(self.bound)
+        self.compute = members[0].format.compute
+        self.device = members[0].device
+        self.feeds = tuple(dict.fromkeys(name for link in self.links for name in link.feeds))
+        self.mixed = len({m.signature() for m in members}) > 1  # parameters of one layer, kept in different formats
+        self.runners: dict[Any, Tiled | Flat] = {}
+        self.whole = {s.positions: Whole(s.positions) for s in self.segments if not s.element}
+        self.scratch: dict[str, Tensor] = {}
+        self.own_readers: dict[str, bool] = {}
+
+    # -- one stretch --------------------------------------------------------------------------------------------------
+
+    def runner(
+        self, like: Member, positions: tuple[int, ...], names: tuple[str, ...], measuring: bool = False, dry: bool = False
+    ) -> Tiled | Flat:
+        """Whatever runs these links for members of one signature: made once for each set of scalar names."""
+        key = (like.signature() if self.mixed else None, positions, names, measuring, dry)
+        if key not in self.runners:
+            ends = positions[-1] == len(self.bound) - 1 and not dry
+            begins = positions[0] == 0 or (measuring and self.links[positions[0]].reads == "grad")
+            listeners = tuple(b for b in like.bound if type(b.link).written is not Transform.written) if ends else ()
+            bound = tuple(like.bound[i] for i in positions)
+            program = Program(bound, begins, ends, names, measuring, self.feeds, listeners)
+            self.runners[key] = self._make(program, like)
+        return self.runners[key]
+
+    def _make(self, program: Program, like: Member) -> Tiled | Flat:
+        if self.mode == "tiles":
+            try:
+                return Tiled(program, like)
+            except kernels.Unsupported as error:
+                say_once(f"poise: this rule runs through torch.compile, not as native tiles: {error}")
+                self.mode = "inductor" if kernels.compiler() else "chunks"
+        return Flat(program, like, self.mode)  # type: ignore[arg-type]
+
+    def measure(self, p: Pass, position: int, us: Sequence[Tensor]) -> tuple[tuple[str, ...], Tensor]:
+        """Phase one of one link over the members of a pass: names, and values (members, names)."""
+        if self.bound[position].link.unit != "element":
+            return measure_whole(position, p.members, us, p.grads, [p.rows[w] for w in p.which], p.steps, p.feeds)
+        begins = position == 0 or self.links[position].reads == "grad"
+        given = Pass(p.members, p.grads, p.steps, p.rows, p.which, p.feeds, [] if begins else list(us))
+        return self._run((position,), given, {}, {}, measuring=True)
+
+    def advance(
+        self,
+        p: Pass,
+        totals: Mapping[int, Mapping[str, Any]],
+        loss: Tensor | None,
+        capture: dict[Member, Tensor] | None,
+    ) -> None:
+        """Run the next stretch of a pass; `totals` are by identity of the link."""
+        segment = self.segments[p.segment]
+        p.segment += 1
+        by_prefix = {b.prefix: totals[id(b.link)] for b in self.bound if id(b.link) in totals}
+        if not segment.element:
+
+            def facts(i: int) -> dict[str, Any]:
+                own = {prefix: dict(zip(names, values[i].unbind(0), strict=True)) for prefix, (names, values) in p.own.items()}
+                return {"totals": by_prefix, "own": own, "feeds": p.feeds[i], "known": {"clock": p.clock, "loss": loss}}
+
+            incoming = p.us or [g.to(self.compute) for g in p.grads]
+            p.us = self.whole[segment.positions].run(p.members, incoming, p.grads, p.rows, p.which, p.steps, facts)
+            return
+        dry = capture is not None and p.segment == len(self.segments)
+        prefixes = {self.bound[i].prefix for i in segment.positions}
+        totals_here = {f"total:{b}/{n}": v for b, values in by_prefix.items() if b in prefixes for n, v in values.items()}
+        own_here = {
+            prefix: found
+            for prefix, found in p.own.items()
+            if prefix in prefixes and self._reads_own(prefix, found[0], p.rows[0], by_prefix.get(prefix, {}))
+        }
+        ends = p.segment == len(self.segments) and not dry
+        if not ends and (segment.positions[0] == 0 or not p.us):
+            p.us = self._temporaries(p.members)
+        self._run(segment.positions, p, totals_here, own_here, dry=dry)
+        if dry:
+            assert capture is not None
+            capture.update({m: u.reshape(m.rank_shape).clone() for m, u in zip(p.members, p.us, strict=True)})
+
+    def _reads_own(self, prefix: str, names: tuple[str, ...], row: Mapping[str, Any], total: Mapping[str, Any]) -> bool:
+        """Whether a link's update looks at what was measured of its very parameter: else all may share one row."""
+        if prefix not in self.own_readers:
+            bound = next(b for b in self.bound if b.prefix == prefix)
+            self.own_readers[prefix] = reads_own(bound, names, self.feeds, row, total)
+        return self.own_readers[prefix]
+
+    def _table(
+        self,
+        p: Pass,
+        positions: Sequence[int],
+        totals: Mapping[str, Any],
+        own: Mapping[str, tuple[tuple[str, ...], Tensor]],
+    ) -> tuple[list[list[Any]], list[int], tuple[str, ...]]:
+        """Rows of scalars for these links: one for each distinct row, or for each member where values are its own."""
+        prefixes = tuple(self.bound[i].prefix for i in positions)
+        rows = [{n: v for n, v in row.items() if n.startswith(prefixes)} | dict(totals) for row in p.rows]
+        names = tuple(rows[0])
+        if not own:
+            return [list(row.values()) for row in rows], p.which, names
+        table = [list(rows[w].values()) for w in p.which]
+        for prefix, (measured, values) in own.items():
+            names += tuple(f"own:{prefix}/{n}" for n in measured)
+            table = [
+                [*row, *mine]
+                for row, mine in zip(table, values.tolist() if values.device.type == "cpu" else values, strict=True)
+            ]
+        return table, list(range(len(table))), names
+
+    def _temporaries(self, members: Sequence[Member]) -> list[Tensor]:
+        """Space for the update on its way from one stretch to the next, equal matrices side by side."""
+        sizes = [m.local.numel() for m in members]
+        held = self.scratch.get("u")
+        if held is None or held.numel() < sum(sizes):
+            held = self.scratch["u"] = torch.empty(sum(sizes), dtype=self.compute, device=self.device)
+        pieces = held[: sum(sizes)].split(sizes)
+        return [piece.view(m.rank_shape) for piece, m in zip(pieces, members, strict=True)]
+
+    def _run(
+        self,
+        positions: tuple[int, ...],
+        p: Pass,
+        totals: Mapping[str, Any],
+        own: Mapping[str, tuple[tuple[str, ...], Tensor]],
+        measuring: bool = False,
+        dry: bool = False,
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """Run element links over a pass; their measured sums by name, (members, names)."""
+        run = self._run_mixed if self.mixed else self._run_one
+        return run(positions, p, totals, own, measuring, dry)
+
+    def _run_one(
+        self,
+        positions: tuple[int, ...],
+        p: Pass,
+        totals: Mapping[str, Any],
+        own: Mapping[str, tuple[tuple[str, ...], Tensor]],
+        measuring: bool,
+        dry: bool,
+    ) -> tuple[tuple[str, ...], Tensor]:
+        table, which, names = self._table(p, positions, totals, own)
+        runner = self.runner(p.members[0], positions, names, measuring, dry)
+        if isinstance(runner, Flat):
+            inputs = []
+            for i in range(len(p.members)):
+                given = {"g": p.grads[i]} | ({"u": p.us[i]} if p.us else {})
+                inputs.append(given | {f"feed:{name}": t for name, t in p.feeds[i].items()})
+            sums = runner.run(p.members, inputs, table, which, p.steps)
+        else:
+            sums = self._run_tiles(runner, p, table, which)
+        return tuple(name.rpartition("/")[2] for name in runner.sums), torch.as_tensor(sums)
+
+    def _run_mixed(self, positions: tuple[int, ...], p: Pass, *given: Any) -> tuple[tuple[str, ...], Tensor]:
+        """The same for members of several signatures, one signature after another."""
+        totals, own, measuring, dry = given
+        kinds: dict[Any, list[int]] = {}
+        for i, m in enumerate(p.members):
+            kinds.setdefault(m.signature(), []).append(i)
+        found = []
+        for at in kinds.values():
+            mine = {prefix: (names, values[at]) for prefix, (names, values) in own.items()}
+            found.append((at, *self._run_one(positions, p.pick(at), totals, mine, measuring, dry)))
+        sums = torch.zeros(len(p.members), found[0][2].shape[1], dtype=found[0][2].dtype)
+        for at, _, values in found:
+            sums[at] = values
+        return found[0][1], sums
+
+    def _run_tiles(self, runner: Tiled, p: Pass, table: list[list[Any]], which: list[int]) -> Any:
+        staged: list[tuple[Member, Tensor]] = []
+        xs = []
+        for m in p.members:
+            x = shards.local(m.tensor)
+            if not x.is_contiguous():  # kept where it is, worked on in logical order
+                x = x.detach().contiguous()
+                staged.append((m, x))
+            xs.append(x.data_ptr())
+        pointers: dict[str, list[int]] = {"g": [g.data_ptr() for g in p.grads], "x": xs}
+        if p.us:
+            pointers["u"] = [u.data_ptr() for u in p.us]
+        for name in self.feeds:
+            pointers[f"feed:{name}"] = [f[name].data_ptr() for f in p.feeds]
+        sums = runner.run(p.members, pointers, table, which, p.steps)
+        if runner.program.ends and not runner.program.measures:
+            for m, x in staged:
+                m.local.copy_(x)
+        return sums
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Warn, the first time in this process."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
+__all__ = ["LOW", "Bucket", "Mode", "Pass", "Segment", "cut"]

@@ -1,0 +1,100 @@
+"""Runs a program parameter by parameter: with plain torch, with `torch.compile`, or in pieces where there is no compiler.
+
+This is the path of GPUs and of machines without a C++ compiler, and the yardstick that compiled tiles are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.memory.rounding import high16
+
+from . import chunks, shards
+from .links import settled
+from .members import LOW, SALT_WEIGHTS, Member, state_salt
+from .program import Program
+
+Mode = Literal["eager", "inductor", "chunks"]
+
+
+class Flat:
+    """A program for members of one signature."""
+
+    def __init__(self, program: Program, like: Member, mode: Mode) -> None:
+        self.program, self.mode, self.like = program, mode, like
+        self.written = program.results()
+        self.sums = [name for name in self.written if "/" in name]
+        self.told = program.told if program.ends and not program.measures and like.format.mode != "plain" else None
+        self.pieces = chunks.Pieces(program, like.format.compute) if mode == "chunks" and not program.measures else None
+        self.compiled: Callable[..., dict[str, Tensor]] | None = None
+        if mode == "inductor":
+            # one function for all parameters of the bucket: sizes are dynamic, scalars are a tensor, so nothing recompiles
+            self.compiled = torch.compile(self.program.plain, dynamic=True, fullgraph=True)
+
+    def run(
+        self,
+        members: Sequence[Member],
+        inputs: Sequence[Mapping[str, Tensor]],
+        rows: Sequence[Sequence[float]],
+        which: Sequence[int],
+        steps: Sequence[int],
+    ) -> np.ndarray | Tensor:
+        """One step; `inputs` holds "g" and, where used, "u" and feeds, in local shape. "u" is overwritten by the result.
+
+        Returns measured sums, (members, sums).
+        """
+        compute, device = self.like.format.compute, self.like.local.device
+        table = torch.tensor(rows, dtype=compute).to(device, non_blocking=True) if len(self.program.names) else None
+        sums = []
+        for member, given, index, step in zip(members, inputs, which, steps, strict=True):
+            row = torch.zeros(0, dtype=compute, device=device) if table is None else table[index]
+            sums.append(self._one(member, given, row, rows[index], step))
+        if not self.sums:
+            return np.zeros((len(members), 0))
+        return torch.stack(sums)
+
+    def _one(self, member: Member, given: Mapping[str, Tensor], row: Tensor, numbers: Sequence[float], step: int) -> Tensor:
+        fmt, state = member.format, member.state
+        tensors = {name: t.reshape(-1).to(fmt.compute) for name, t in given.items() if name != "u" or not self.program.begins}
+        stored = {"x": member.local}
+        if LOW in state:
+            stored[LOW] = shards.local(state[LOW])
+        tensors["x"] = fmt.read(stored).reshape(-1)
+        for key in self.program.keys:
+            tensors[key] = member.stores[key].read(state).reshape(-1)
+        tensors["row"] = row
+        tensors["noise"] = torch.tensor([member.noise_key(step), 0], dtype=torch.int32).to(row.device, non_blocking=True)
+        if self.pieces is not None:
+            results = self.pieces(tensors, dict(zip(self.program.names, numbers, strict=True)), member.index)
+        else:
+            run = self.program.plain if self.compiled is None else self.compiled
+            results = settled(run(tensors, None, member.index), tensors.values())
+        if self.program.measures:
+            self._keep(member, {k: v for k, v in results.items() if "/" not in k}, step)
+            return torch.cat([results[name] for name in self.sums]) if self.sums else torch.zeros(0)
+        if "x" in results:
+            bits = member.bits(step, SALT_WEIGHTS) if fmt.mode == "stochastic" else None
+            wanted = results.pop("x")
+            for name, value in fmt.write(wanted, bits).items():
+                target = stored[name]
+                if target.data_ptr() != value.data_ptr() or target.numel() == 0:
+                    target.copy_(value.reshape(target.shape))
+            if self.told is not None:
+                now = fmt.read(stored).reshape(-1)
+                results |= self.told({**tensors, **results, "x": now, "error": wanted - now}, None, member.index)
+        if "u" in results:
+            given["u"].copy_(results.pop("u").reshape(given["u"].shape))
+        self._keep(member, results, step)
+        return row
+
+    def _keep(self, member: Member, values: Mapping[str, Tensor], step: int) -> None:
+        for position, (key, store) in enumerate((k, member.stores[k]) for k in self.program.keys):
+            if key in values:
+                stochastic = store.codec is not None and store.codec.stochastic
+                bits = high16(member.bits(step, state_salt(position))) if stochastic else None
+                store.write(member.state, values[key].reshape(store.shape), bits)

@@ -1,0 +1,243 @@
+"""Links bound to a parameter: how their state and scalars are named, and everything a call of one may see.
+
+This is the protocol of transform.py from the engine's side: `bind` names the state of a chain for one parameter, an `Env` holds
+what one call may know, `call_update` makes the call, inner rules included.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.memory.rounding import unit
+
+from ..transform import Chain, Context, Param, Slot, Transform
+from .layers import Layer
+
+# Salts keep apart the numbers that one element uses for different purposes in one step.
+SALT_WEIGHTS, SALT_STATE, SALT_RULE = 0x51ED270B, 0x2C1B3C6D, 0x297A2D39
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A link with the names of its state in `optimizer.state[p]` and of its scalars in a row."""
+
+    link: Transform
+    prefix: str  # of its scalars
+    param: Param
+    slots: Mapping[str, str]  # slot name -> state key
+    shared: Mapping[str, str]  # the same for slots that all members of the link share
+    inner: tuple[Bound, ...] = ()
+    salt: int = SALT_RULE  # of its random numbers
+
+    def state_keys(self) -> Iterator[str]:
+        """State keys of the link and its inner rules."""
+        yield from self.slots.values()
+        for inner in self.inner:
+            yield from inner.state_keys()
+
+    def family(self) -> Iterator[Bound]:
+        """The link and its inner rules, however deep."""
+        yield self
+        for inner in self.inner:
+            yield from inner.family()
+
+    def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float] | None:
+        """This link's scalars and its inner rules', under their prefixes; None if this step only gathers."""
+        own = self.link.scalars(step, hyper)
+        if own is None:
+            return None
+        row = {f"{self.prefix}{name}": value for name, value in own.items()}
+        for inner in self.inner:
+            row.update(inner.scalars(step, hyper) or {})
+        return row
+
+
+def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tuple[tuple[Bound, ...], dict[str, Slot]]:
+    """Name every slot of a chain: plainly where names are unique in it, else with the link's name before it.
+
+    A link of unit "layer" sees the joint matrix; its state is kept with the parameter that leads the layer.
+    """
+    seen = [layer.param if layer is not None and link.unit == "layer" else p for link in links]
+    declared = [list(link.slots(q)) for link, q in zip(links, seen, strict=True)]
+    names = [name for slots in declared for name in slots]
+    keys: dict[str, Slot] = {}
+
+    def visit(link: Transform, path: str, prefix: str, p: Param, top: bool, layer_rule: bool) -> Bound:
+        if isinstance(link, Chain):
+            raise TypeError(f"{path}: an inner rule is a single link, got {link!r}")
+        if not top and link.owns_step:
+            raise ValueError(f"{path}: {link!r} owns its step (owns_step), so no other rule can drive it")
+        if link.unit == "element" and top:
+            _check_element(link, p)
+        slots: dict[str, str] = {}
+        shared: dict[str, str] = {}
+        follows = layer is not None and layer_rule and not layer.leads
+        for name, slot in ({} if follows else link.slots(p)).items():
+            key = name if top and names.count(name) == 1 else f"{path}.{name}"
+            if key in keys or key == "step":
+                raise ValueError(f"{link!r}: state {key!r} exists twice for parameter {p.name}")
+            keys[key] = slot
+            (shared if slot.shared else slots)[name] = key
+        inner = tuple(
+            visit(rule, f"{path}.{index}.{type(rule).__name__}", f"{prefix}{index}.", part, False, layer_rule)
+            for index, (rule, part) in enumerate(zip(link.inner, link.parts(p), strict=True))
+        )
+        return Bound(link, prefix, p, slots, shared, inner, SALT_RULE + zlib.crc32(prefix.encode()) % (1 << 20) * 101)
+
+    bound = tuple(
+        visit(link, f"{index}.{type(link).__name__}", f"{index}.", q, True, link.unit == "layer")
+        for index, (link, q) in enumerate(zip(links, seen, strict=True))
+    )
+    return bound, keys
+
+
+def _check_element(link: Transform, p: Param) -> None:
+    """A rule that sees pieces can only keep state that is cut in the same way."""
+    for name, slot in link.slots(p).items():
+        if not slot.shared and tuple(slot.shape) != tuple(p.shape):
+            raise ValueError(
+                f"{link!r}: state {name!r} has shape {tuple(slot.shape)}, but an 'element' rule sees any piece of a "
+                f"parameter, so its state must have the parameter's shape {tuple(p.shape)}; make the rule's unit 'tensor', or "
+                "the slot shared"
+            )
+
+
+class StateView(MutableMapping[str, Tensor]):
+    """One link's state under the names it declared; remembers what was assigned."""
+
+    def __init__(self, states: MutableMapping[str, Tensor], slots: Mapping[str, str], written: set[str]) -> None:
+        self._states, self._slots, self._written = states, slots, written
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._states[self._slots[name]]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        key = self._slots[name]
+        self._states[key] = value
+        self._written.add(key)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"state {name!r} is declared by slots() and cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+@dataclass
+class Env:
+    """Everything a call of a link may know, beside `u`, `x` and its state."""
+
+    grad: Tensor
+    x: Tensor
+    states: MutableMapping[str, Tensor]
+    row: Mapping[str, Any]  # prefixed scalars
+    written: set[str] = field(default_factory=set)
+    totals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # link prefix -> reduced values
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # link prefix -> measured values
+    feeds: Mapping[str, Tensor] = field(default_factory=dict)
+    bits: Callable[[int], Tensor] | None = None  # salt -> int32 random bits, one for each element
+    known: Mapping[str, Any] = field(default_factory=dict)  # step, clock, param, loss: where nothing is compiled
+
+    def context(self, bound: Bound, grad: Tensor, inner: tuple[Inner, ...] = ()) -> Context:
+        scalars = {name.removeprefix(bound.prefix): v for name, v in self.row.items() if name.startswith(bound.prefix)}
+        calls = iter(range(1 << 16))
+
+        def draw() -> Tensor:
+            assert self.bits is not None
+            salt = bound.salt + 7919 * next(calls)
+            return unit(self.bits(salt)).to(grad.dtype)
+
+        known = {"loss": None, **self.feeds, **self.known}
+        return Context(
+            scalars,
+            grad=grad,
+            total=self.totals.get(bound.prefix, {}),
+            own=self.own.get(bound.prefix, {}),
+            inner=inner,
+            uniform=None if self.bits is None else draw,
+            **known,
+        )
+
+    def view(self, bound: Bound) -> StateView:
+        return StateView(self.states, bound.slots, self.written)
+
+    def handles(self, bound: Bound) -> tuple[Inner, ...]:
+        """The inner rules for `refresh`, which changes their state but does not run them."""
+        if not bound.inner:
+            return ()
+        weights = bound.link.enter(self.x, self.view(bound), self.x, self.context(bound, self.grad))
+        return tuple(Inner(b, self, None, w) for b, w in zip(bound.inner, weights, strict=True))
+
+
+class Inner:
+    """The handle `k.inner[i]` of a rule that another one drives."""
+
+    def __init__(self, bound: Bound, env: Env, grad: Tensor | None, x: Tensor | None) -> None:
+        self.bound, self.env, self.grad, self.x = bound, env, grad, x
+        self.own: dict[str, Tensor] = {}
+        if grad is not None and x is not None and bound.link.pure:
+            measured = bound.link.measure(grad, env.view(bound), x, env.context(bound, grad))
+            self.own = bound.link.reduce(measured, {}, env.context(bound, grad))
+
+    @property
+    def state(self) -> StateView:
+        return self.env.view(self.bound)
+
+    def apply(self, v: Tensor) -> Tensor:
+        """The inner rule's update for `v`."""
+        if self.grad is None or self.x is None:
+            raise RuntimeError(f"{self.bound.link!r} is not run in this step: enter() gave None for it")
+        env = Env(**{**self.env.__dict__, "grad": self.grad, "x": self.x})
+        env.totals = {**env.totals, self.bound.prefix: self.own}
+        return call_update(self.bound, v, env)
+
+    def reset(self) -> None:
+        """Put the inner rule's state back to its beginning."""
+        state = self.state
+        for name, slot in self.bound.link.slots(self.bound.param).items():
+            state[name] = initial(slot, state[name].shape, state[name], self.x)
+
+    def rebase(self, f: Callable[[Tensor], Tensor], squared: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Carry the inner rule's state over a change of basis: signed slots through `f`, nonnegative ones through `squared`."""
+        state = self.state
+        for name, slot in self.bound.link.slots(self.bound.param).items():
+            if slot.kind == "signed":
+                state[name] = f(state[name])
+            elif slot.kind in ("nonneg", "upper") and squared is not None:
+                state[name] = squared(state[name])
+
+
+def settled(results: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Results that do not share memory with an input: else one that is written first would change the other."""
+    held = {t.untyped_storage()._cdata for t in inputs}
+    return {name: t.clone() if t.untyped_storage()._cdata in held else t for name, t in results.items()}
+
+
+def initial(slot: Slot, shape: Sequence[int], like: Tensor, x: Tensor | None) -> Tensor:
+    """A slot's first value."""
+    if slot.init == "eye":
+        return torch.eye(*shape[-2:], dtype=like.dtype, device=like.device).expand(tuple(shape)).clone()
+    if slot.init == "param":
+        assert x is not None
+        return x.detach().to(like.dtype).reshape(tuple(shape)).clone()
+    return torch.full(tuple(shape), float(slot.init), dtype=like.dtype, device=like.device)
+
+
+def call_update(bound: Bound, u: Tensor, env: Env) -> Tensor:
+    """One link's update, with its inner rules at hand."""
+    link, view, inner = bound.link, env.view(bound), ()
+    if bound.inner:
+        plain = env.context(bound, env.grad)
+        grads = link.enter(env.grad, view, env.x, plain)
+        weights = link.enter(env.x, view, env.x, plain)
+        inner = tuple(Inner(b, env, g, w) for b, g, w in zip(bound.inner, grads, weights, strict=True))
+    return link.update(u, view, env.x, env.context(bound, env.grad, inner))

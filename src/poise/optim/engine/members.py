@@ -1,0 +1,196 @@
+"""One parameter as the engine sees it: its rule, its state, its weights' format, its place in the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.memory import rounding
+from poise.memory.codec import Codec
+
+from ..transform import Chain, Param
+from . import shards
+from .layers import Layer
+from .links import SALT_STATE, SALT_WEIGHTS, Bound, bind
+from .storage import Store, codec_for
+
+Weights = Literal["auto", "stochastic", "nearest", "split"]
+LOW = "weight.low"  # state key of the lower 16 bits under weights="split"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weights are read and written: their dtype, and how a float32 result is brought into it."""
+
+    dtype: torch.dtype
+    mode: Literal["plain", "stochastic", "nearest", "split"]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, weights: Weights) -> WeightFormat:
+        """The format of parameters of `dtype`; "auto" rounds bfloat16 stochastically.
+
+        To nearest, a bfloat16 weight does not move unless the update is 1/512 of it; stochastic rounding moves it on average
+        by exactly the update ("Revisiting BFloat16 Training", arXiv 2010.06192).
+        """
+        if dtype in (torch.float32, torch.float64):
+            return cls(dtype, "plain")
+        if dtype == torch.bfloat16:
+            return cls(dtype, "stochastic" if weights == "auto" else weights)
+        if weights in ("stochastic", "split"):
+            raise ValueError(
+                f"weights={weights!r} is for bfloat16 parameters, and one here is {dtype}; use 'auto' or 'nearest'"
+            )
+        return cls(dtype, "nearest")
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What rules compute in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def read(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The weights in the computing dtype, from {"x": ..., LOW: ...}."""
+        if self.mode == "split":
+            return rounding.join(stored["x"], stored[LOW])
+        return stored["x"].to(self.compute)
+
+    def write(self, x: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
+        """What to store for new weights `x`; `bits` are needed by stochastic rounding."""
+        if self.mode == "split":
+            high, low = rounding.split(x)
+            return {"x": high, LOW: low}
+        if self.mode == "stochastic":
+            assert bits is not None
+            return {"x": rounding.stochastic_bf16(x, rounding.high16(bits))}
+        return {"x": x.to(self.dtype)}
+
+
+class Member:
+    """A parameter with everything that is fixed while the plan stands."""
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        spec: Param,
+        group: dict[str, Any],
+        rule: Chain,
+        codec: Codec | None,
+        weights: Weights,
+        seed: int,
+        layer: Layer | None = None,
+    ) -> None:
+        self.tensor, self.spec, self.group, self.rule = tensor, spec, group, rule
+        self.format = WeightFormat.of(tensor.dtype, weights)
+        self.device, self.local_shape = shards.local(tensor).device, shards.local(tensor).shape
+        self.scale = 1.0  # factor of the update, for scale="rms"
+        self.key = rounding.key_of(seed, spec.name, 0)
+        for link in rule:
+            if link.unit == "matrix":
+                check_matrix(spec)
+        self.layer = layer
+        self.partner: Member | None = None
+        self.bound, slots = bind(rule.links, spec, layer)
+        self.shared = {key: slot for key, slot in slots.items() if slot.shared}
+        self.dims: dict[str, tuple[int | None, ...]] = {}
+        self.stores: dict[str, Store] = {}
+        for key, slot in slots.items():
+            if slot.shared:
+                continue
+            dims = slot.dims
+            if dims is None:
+                dims = tuple(range(len(slot.shape))) if tuple(slot.shape) == tuple(spec.shape) else (None,) * len(slot.shape)
+            box, _ = shards.box(tensor)
+            shape = tuple(s if d is None else box[d] for s, d in zip(slot.shape, dims, strict=True))
+            dtype = self.format.compute if slot.dtype == torch.float32 else slot.dtype
+            self.dims[key] = dims
+            self.stores[key] = Store(key, slot, shape, dtype, codec_for(slot, spec, tensor, codec))
+        self.state: dict[str, Tensor] = {}
+
+    def create(self) -> dict[str, Tensor]:
+        """Its state at the beginning."""
+        state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64)}
+        for key, store in self.stores.items():
+            state |= store.create(self.tensor, self.dims[key])
+        if self.format.mode == "split":
+            low = torch.zeros(shards.box(self.tensor)[0], dtype=torch.int16, device=shards.local(self.tensor).device)
+            state[LOW] = shards.like(self.tensor, low, self.spec.shape, tuple(range(len(self.spec.shape))))
+        return state
+
+    def kept(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Local shape and dtype of every state tensor."""
+        kept = {
+            key: (store.stored_shape(part, store.shape), part.dtype)
+            for store in self.stores.values()
+            for key, part in store.parts.values()
+        }
+        return kept | ({LOW: (self.rank_shape, torch.int16)} if self.format.mode == "split" else {})
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's weights."""
+        return shards.local(self.tensor).detach()
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        return shards.runs(self.tensor)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Global index of every local element, for noise."""
+        return shards.index(self.tensor)
+
+    @cached_property
+    def groups(self) -> tuple[Any, ...]:
+        """Process groups over which its measured sums are added."""
+        return shards.groups(self.tensor)
+
+    @property
+    def rank_shape(self) -> tuple[int, ...]:
+        return shards.box(self.tensor)[0]
+
+    def noise_key(self, step: int) -> int:
+        """The key of its random numbers in one step, as a signed 32-bit number."""
+        return int(noise_keys(np.array([self.key]), np.array([step]))[0])
+
+    def bits(self, step: int, salt: int) -> Tensor:
+        """Random bits for every local element."""
+        key = torch.tensor(self.noise_key(step), dtype=torch.int32, device=self.index.device)
+        return rounding.noise_bits(key + salt, self.index)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Members with equal signatures run through the same kernels."""
+        tiled = [key for b in self.bound if b.link.unit == "element" for key in b.state_keys()]
+        stores = tuple((key, self.stores[key].slot.kind, self.stores[key].dtype, self.stores[key].codec) for key in tiled)
+        return (self.format, self.device, stores)
+
+
+def check_matrix(p: Param) -> None:
+    """A matrix rule needs matrices, or ValueError."""
+    if len(p.shape) < 2:
+        raise ValueError(
+            f"parameter {p.name!r} has shape {tuple(p.shape)}: a matrix rule needs two dimensions or more. Route it to another "
+            "rule (Muon and its kin do so by themselves); if sharding flattened it, shard with fully_shard (FSDP2) instead"
+        )
+
+
+def state_salt(position: int) -> int:
+    """Salt of the rounding noise of the slot at `position`."""
+    return wrap(SALT_STATE + 0x3C6EF372 * (position + 1))
+
+
+def noise_keys(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Keys of a step's random numbers, from the parameters' own keys."""
+    return ((keys + steps * 0xC2B2AE3D) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+
+
+def wrap(number: int) -> int:
+    """As a signed 32-bit number, modulo 2^32."""
+    return ((number + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+
+
+__all__ = ["LOW", "SALT_WEIGHTS", "Bound", "Member", "WeightFormat", "Weights", "noise_keys", "state_salt", "wrap"]

@@ -1,0 +1,139 @@
+"""A stretch of a chain as one pure function of tensors: all that whoever runs it knows of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.memory.rounding import noise_bits
+
+from .links import Bound, Env, call_update, settled
+
+
+@dataclass(frozen=True)
+class Program:
+    """A run of "element" links as a pure function of flat tensors.
+
+    Inputs, by name: "g" the raw gradient, "u" the incoming update (absent where the chain begins), "x" the weights, every state
+    key, "row" the scalars, "noise" (key, global index of the first element). Results: the state keys it assigned, and "u", or,
+    at the end of a chain, "x".
+    """
+
+    bound: tuple[Bound, ...]
+    begins: bool  # u is the gradient
+    ends: bool  # the result is added to the weights
+    names: tuple[str, ...]  # of the row's entries, totals and own values included
+    measures: bool = False  # phase one: results are sums, one (1,) float64 tensor per measured name
+    feeds: tuple[str, ...] = ()
+    listeners: tuple[Bound, ...] = ()  # links of the whole chain that want to be told what rounding kept (only where it ends)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """State keys that its links may touch."""
+        return tuple(dict.fromkeys(key for bound in (*self.bound, *self.listeners) for key in bound.state_keys()))
+
+    def env(self, tensors: Mapping[str, Tensor], row: Mapping[str, Any] | None = None, index: Tensor | None = None) -> Env:
+        """The environment over `tensors`; scalars from the "row" tensor unless `row` gives them as numbers."""
+        if row is None:
+            row = dict(zip(self.names, tensors["row"].unbind(0), strict=True)) if self.names else {}
+        totals: dict[str, dict[str, Any]] = {}
+        own: dict[str, dict[str, Any]] = {}
+        for name, value in row.items():
+            for mark, found in (("total:", totals), ("own:", own)):
+                if name.startswith(mark):
+                    prefix, _, last = name.removeprefix(mark).rpartition("/")
+                    found.setdefault(prefix, {})[last] = value
+        noise, x = tensors["noise"], tensors["x"]
+
+        def bits(salt: int) -> Tensor:
+            where = torch.arange(x.shape[0], dtype=torch.int32, device=x.device) + noise[1] if index is None else index
+            return noise_bits(noise[0] + salt, where)
+
+        states = {key: tensors[key] for key in self.keys}
+        feeds = {name: tensors[f"feed:{name}"] for name in self.feeds}
+        return Env(tensors["g"], x, states, row, set(), totals, own, feeds, bits)
+
+    def __call__(
+        self, tensors: Mapping[str, Tensor], row: Mapping[str, Any] | None = None, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The results, none of which shares memory with an input."""
+        return settled(self.plain(tensors, row, index), tensors.values())
+
+    def plain(
+        self, tensors: Mapping[str, Tensor], row: Mapping[str, Any] | None = None, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The results as the rules gave them."""
+        env = self.env(tensors, row, index)
+        u = env.grad if self.begins else tensors["u"]
+        results: dict[str, Tensor] = {}
+        if self.measures:
+            for bound in self.bound:
+                measured = bound.link.measure(u, env.view(bound), env.x, env.context(bound, env.grad))
+                for name, value in measured.items():
+                    results[f"{bound.prefix}/{name}"] = value.to(torch.float64).reshape(1)
+        else:
+            for bound in self.bound:
+                u = call_update(bound, u, env)
+            results["x" if self.ends else "u"] = env.x + u if self.ends else u
+        return results | {key: env.states[key] for key in env.written}
+
+    @property
+    def told(self) -> Callable[..., dict[str, Tensor]] | None:
+        """As the program itself, for what rounding kept from the weights ("error"); None if no link asks for it."""
+        if not self.listeners:
+            return None
+
+        def tell(
+            tensors: Mapping[str, Tensor], row: Mapping[str, Any] | None = None, index: Tensor | None = None
+        ) -> dict[str, Tensor]:
+            env = self.env(tensors, row, index)
+            for bound in self.listeners:
+                bound.link.written(tensors["error"], env.view(bound), env.x, env.context(bound, env.grad))
+            return settled({key: env.states[key] for key in env.written}, tensors.values())
+
+        return tell
+
+    def results(self) -> tuple[str, ...]:
+        """Names of the results, found by running the function once on two elements."""
+        return tuple(self(self.example()))
+
+    def example(self) -> dict[str, Tensor]:
+        """Inputs of two elements."""
+        tensors = {name: torch.ones(2) for name in ("g", "u", "x", *self.keys, *(f"feed:{f}" for f in self.feeds))}
+        return tensors | {"row": torch.ones(len(self.names)), "noise": torch.zeros(2, dtype=torch.int32)}
+
+
+class _Watched(Mapping[str, Any]):
+    """Remembers that it was looked at."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values_, self.seen = values, False
+
+    def __getitem__(self, name: str) -> Any:
+        self.seen = True
+        return self.values_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.seen = True
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        self.seen = True
+        return len(self.values_)
+
+
+def reads_own(
+    bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Mapping[str, Any], total: Mapping[str, Any]
+) -> bool:
+    """Whether a link's update uses `k.own`, found by running it once on two elements."""
+    states = {key: torch.ones(2) for key in Program((bound,), True, False, ()).keys}
+    fed = {name: torch.ones(2) for name in feeds}
+    own = _Watched({name: torch.ones(()) for name in names})
+    env = Env(torch.ones(2), torch.ones(2), states, row, totals={bound.prefix: total}, own={bound.prefix: own}, feeds=fed)
+    env.bits = lambda salt: torch.zeros(2, dtype=torch.int32)
+    call_update(bound, torch.ones(2), env)
+    return own.seen

@@ -1,0 +1,165 @@
+"""How state is kept: one `Store` for each slot of each parameter, plain or encoded, whole or sharded.
+
+An encoded slot is seen as rows, the first dimension apart, and each row is cut into blocks of the codec's size; blocks never
+cross rows, so a shard along the first dimension encodes exactly as the whole does. The last block of a row stores no more
+entries than the row has left.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.memory.codec import Codec, Kind, Part, get
+
+from ..transform import Param, Slot
+from . import shards
+from .links import initial
+
+# Smaller tensors stay in full precision: they hardly cost anything, and norms and biases are the ones that suffer.
+SMALLEST = 4096
+SHORTEST_ROW = 32
+
+
+def codec_for(slot: Slot, p: Param, tensor: Tensor, wanted: Codec | None) -> Codec | None:
+    """The codec that a slot is kept with; None keeps it plain.
+
+    A sharded slot is encoded only where its shards encode as the whole does: cut along the first dimension, or, with a single
+    dimension, between blocks.
+    """
+    codec = wanted if slot.codec is None else get(slot.codec)
+    exempt = slot.kind == "exact" or slot.shared or not slot.dtype.is_floating_point or math.prod(slot.shape) < SMALLEST
+    if codec is None or exempt or codec.block == 1:
+        return None if exempt else codec
+    if len(slot.shape) > 1 and math.prod(slot.shape[1:]) < SHORTEST_ROW:
+        return None
+    if tuple(slot.shape) != tuple(p.shape):
+        return None if shards.is_sharded(tensor) else codec
+    if len(slot.shape) == 1:
+        return codec if _even(tensor, codec.block) else None
+    return codec if shards.box(tensor)[0][1:] == tuple(slot.shape[1:]) else None
+
+
+def _even(tensor: Any, block: int) -> bool:
+    """Whether every rank's piece of a one-dimensional tensor begins at a multiple of `block`."""
+    if not shards.is_sharded(tensor):
+        return True
+    chunk = tensor.shape[0]
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if hasattr(placement, "dim"):
+            chunk = -(-chunk // tensor.device_mesh.size(mesh_dim))
+    return chunk % block == 0
+
+
+@dataclass
+class Store:
+    """One slot of one parameter.
+
+    `keys` maps the parts of an encoded slot ("codes", "scale") to their names in `optimizer.state[p]`; a plain slot has one
+    part "".
+    """
+
+    key: str
+    slot: Slot
+    shape: tuple[int, ...]  # local
+    dtype: torch.dtype  # of the values that rules see
+    codec: Codec | None
+
+    @property
+    def kind(self) -> Kind:
+        """The slot's kind, as codecs know it; state of kind "exact" is never encoded."""
+        assert self.slot.kind != "exact"
+        return self.slot.kind
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Local rows and their length."""
+        if len(self.shape) <= 1:
+            return 1, math.prod(self.shape)
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def parts(self) -> dict[str, tuple[str, Part]]:
+        """State key of each stored tensor, and what it holds."""
+        if self.codec is None:
+            return {"": (self.key, Part(self.dtype, 1))}
+        if self.codec.block == 1:
+            return {name: (self.key, part) for name, part in self.codec.parts(self.kind).items()}
+        return {name: (f"{self.key}.{name}", part) for name, part in self.codec.parts(self.kind).items()}
+
+    def stored_shape(self, part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a stored tensor for a slot of `shape`."""
+        if self.codec is None or self.codec.block == 1:
+            return shape
+        length = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+        full, rest = divmod(length, self.codec.block)
+        entries = full * part.per_block + min(rest, part.per_block)
+        return (shape[0], entries) if len(shape) > 1 else (entries,)
+
+    def create(self, p: Tensor, dims: tuple[int | None, ...]) -> dict[str, Tensor]:
+        """The state tensors at their beginning, distributed as `p` is."""
+        device = shards.local(p).device
+        weights = shards.local(p).detach() if dims else p
+        value = initial(self.slot, self.shape, torch.empty(0, dtype=self.dtype, device=device), weights)
+        local = {
+            key: torch.empty(self.stored_shape(part, self.shape), dtype=part.dtype, device=device)
+            for key, part in self.parts.values()
+        }
+        self.write(local, value, torch.zeros(self.shape, dtype=torch.int32, device=device))
+        made: dict[str, Tensor] = {}
+        for key, part in self.parts.values():
+            whole = self.stored_shape(part, tuple(self.slot.shape))
+            followed = dims if len(whole) == len(dims) else dims[: len(whole)]
+            made[key] = shards.like(p, local[key], whole, followed)
+        return made
+
+    def read(self, state: dict[str, Tensor]) -> Tensor:
+        """The slot's values, in the local shape; the stored tensor itself where it is plain."""
+        if self.codec is None:
+            return shards.local(state[self.key])
+        parts = {name: shards.local(state[key]) for name, (key, _) in self.parts.items()}
+        if self.codec.block == 1:
+            flat = self.codec.decode({name: part.reshape(-1) for name, part in parts.items()}, self.kind)
+            return flat.to(self.dtype).reshape(self.shape)
+        rows, length = self.rows
+        blocks = -(-length // self.codec.block)
+        padded = {}
+        for name, (_, part) in self.parts.items():
+            padded[name] = _pad(parts[name].reshape(rows, -1), blocks * part.per_block).reshape(-1, part.per_block)
+        values = self.codec.decode(padded, self.kind).reshape(rows, -1)[:, :length]
+        return values.to(self.dtype).reshape(self.shape)
+
+    def encode(self, value: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
+        """State key -> stored tensor for new values."""
+        if self.codec is None:
+            return {self.key: value.to(self.dtype)}
+        if self.codec.block == 1:
+            made = self.codec.encode(value.float().reshape(-1), self.kind, None if bits is None else bits.reshape(-1))
+            return {key: made[name].reshape(self.shape) for name, (key, _) in self.parts.items()}
+        rows, length = self.rows
+        blocks = -(-length // self.codec.block)
+        padded = _pad(value.float().reshape(rows, length), blocks * self.codec.block).reshape(-1, self.codec.block)
+        if bits is not None:
+            bits = _pad(bits.reshape(rows, length), blocks * self.codec.block).reshape(-1, self.codec.block)
+        made = self.codec.encode(padded, self.kind, bits)
+        stored: dict[str, Tensor] = {}
+        for name, (key, part) in self.parts.items():
+            shape = self.stored_shape(part, self.shape)
+            entries = shape[-1]
+            stored[key] = made[name].reshape(rows, -1)[:, :entries].reshape(shape)
+        return stored
+
+    def write(self, state: dict[str, Tensor], value: Tensor, bits: Tensor | None) -> None:
+        """Keep new values."""
+        for key, stored in self.encode(value, bits).items():
+            target = shards.local(state[key])
+            if target.data_ptr() != stored.data_ptr() or target.numel() == 0:
+                target.copy_(stored.reshape(target.shape))
+
+
+def _pad(x: Tensor, columns: int) -> Tensor:
+    return x if x.shape[1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[1]))

@@ -1,0 +1,314 @@
+"""Links that see whole parameters: matrices (equal ones at once), tensors, and the rare work of `refresh`.
+
+A sharded parameter is gathered first, on every rank; what comes out, and the state, goes back to the shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.memory.rounding import high16, noise_bits
+
+from ..transform import Param, Transform
+from . import shards
+from .layers import joined, parted
+from .links import Bound, Env, call_update, settled
+from .members import LOW, Member, state_salt, wrap
+
+
+def view_of(unit: str, p: Param, t: Tensor) -> Tensor:
+    """A whole tensor (behind any batch dimension) as a link of this unit sees it.
+
+    A matrix rule sees a convolution as (out, in * kernel) and stacked experts as that many matrices.
+    """
+    if unit != "matrix" or len(p.shape) == 2:
+        return t
+    if p.role == "experts":
+        return t
+    batch = t.shape[: t.ndim - len(p.shape)]
+    return t.reshape(*batch, p.shape[0], math.prod(p.shape[1:]))
+
+
+class Whole:
+    """A run of links that see whole parameters, over some members of one bucket."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self.positions = tuple(positions)
+
+    def run(
+        self,
+        members: Sequence[Member],
+        us: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rows: Sequence[Mapping[str, Any]],
+        which: Sequence[int],
+        steps: Sequence[int],
+        facts: Callable[[int], dict[str, Any]],
+    ) -> list[Tensor]:
+        """The new updates, local. `facts(i)` gives totals, own values, feeds and known facts of member i."""
+        results: dict[int, Tensor] = {}
+        at = {m: i for i, m in enumerate(members)}
+        if members[0].bound[self.positions[0]].link.unit == "layer":
+            for lead, follow in _layers(members):
+                i = at.get(lead, at.get(follow)) if follow is not None else at[lead]
+                assert i is not None
+                outputs = self._layer(lead, follow, at, us, grads, rows[which[i]], steps[i], facts)
+                results |= {at[m]: u for m, u in outputs.items() if m in at}
+        else:
+            for batch in self._batches(members, which):
+                outputs = self._batch([members[i] for i in batch], [us[i] for i in batch], [grads[i] for i in batch],
+                                      rows[which[batch[0]]], [steps[i] for i in batch], facts(batch[0]))  # fmt: skip
+                results |= dict(zip(batch, outputs, strict=True))
+        held = {g.untyped_storage()._cdata for g in grads}  # a rule may hand the gradient on, and what follows writes into it
+        return [u.clone() if u.untyped_storage()._cdata in held else u for u in (results[i] for i in range(len(members)))]
+
+    def _batches(self, members: Sequence[Member], which: Sequence[int]) -> list[list[int]]:
+        """Members whose matrices can be worked on at once: equal shapes, nothing kept or measured per parameter."""
+        links = [members[0].bound[i] for i in self.positions]
+        alone = any(b.slots or b.inner or b.link.feeds or b.link.unit != "matrix" or measures(b.link) for b in links)
+        if alone:
+            return [[i] for i in range(len(members))]
+        batches: dict[Any, list[int]] = {}
+        for i, member in enumerate(members):
+            p = member.spec
+            batches.setdefault((p.shape, p.role == "experts", p.splits, p.heads, which[i]), []).append(i)
+        return list(batches.values())
+
+    def _batch(
+        self,
+        members: list[Member],
+        us: list[Tensor],
+        grads: list[Tensor],
+        row: Mapping[str, Any],
+        steps: list[int],
+        facts: dict[str, Any],
+    ) -> list[Tensor]:
+        first = members[0]
+        single = len(members) == 1
+        blind = all(first.bound[i].link.blind for i in self.positions)
+
+        def together(pieces: list[Tensor]) -> Tensor:
+            whole = [shards.gather(m.tensor, piece) for m, piece in zip(members, pieces, strict=True)]
+            return whole[0] if single else _stack(whole)
+
+        u = together(us)
+        grad = u if blind else together([g.to(u.dtype) for g in grads])
+        x = u if blind else together([m.format.read(stored_weights(m)) for m in members])
+        facts = {**facts, "feeds": {name: shards.gather(first.tensor, fed) for name, fed in facts["feeds"].items()}}
+        u = self._links(first, u, grad, x, row, noise(members, steps), steps[0], facts, single)
+        pieces = [u] if single else u.unbind(0)
+        return [shards.scatter(m.tensor, piece).contiguous() for m, piece in zip(members, pieces, strict=True)]
+
+    def _layer(
+        self,
+        lead: Member,
+        follow: Member | None,
+        at: Mapping[Member, int],
+        us: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        row: Mapping[str, Any],
+        step: int,
+        facts: Callable[[int], dict[str, Any]],
+    ) -> dict[Member, Tensor]:
+        """One layer; a parameter of it that has no gradient counts as zeros and is not moved."""
+        update, grad = ({m: values[i] for m, i in at.items()} for values in (us, grads))
+        u, g, x = seen("layer", lead, update), seen("layer", lead, grad), seen("layer", lead, None)
+        fed = {m: facts(i)["feeds"] for m, i in at.items() if m in (lead, follow)}
+        names = next(iter(fed.values()))
+        feeds = {name: seen("layer", lead, {m: mine[name] for m, mine in fed.items()}) for name in names}
+        known = {**facts(at[next(iter(fed))]), "feeds": feeds}
+        u = self._links(lead, u, g, x, row, noise([lead], [step]), step, known, True)
+        mine, theirs = parted(u, lead.spec.shape, None if follow is None else follow.spec.shape)
+        outputs = {lead: shards.scatter(lead.tensor, mine).contiguous()}
+        if follow is not None and theirs is not None:
+            outputs[follow] = shards.scatter(follow.tensor, theirs).contiguous()
+        return outputs
+
+    def _links(
+        self,
+        member: Member,
+        u: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        row: Mapping[str, Any],
+        bits: Callable[[int, Tensor], Tensor],
+        step: int,
+        facts: dict[str, Any],
+        stateful: bool,
+    ) -> Tensor:
+        """The links one after another, on whole tensors, and their state kept."""
+        links = [member.bound[i] for i in self.positions]
+        states = {key: value for b in links for key, value in whole_state(member, b).items()} if stateful else {}
+        written, before = set[str](), list(states.values())
+        for bound in links:
+            unit = bound.link.unit
+            env = Env(view_of(unit, member.spec, grad), view_of(unit, member.spec, x), states, row, written, **facts)
+            env.bits = lambda salt, like=env.x: bits(salt, like)
+            env.known = {**env.known, "param": bound.param, "step": step}
+            env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
+            u = call_update(bound, view_of(unit, member.spec, u), env).reshape(u.shape)
+        keep_states(member, settled({key: states[key] for key in written}, [u, grad, x, *before]), step)
+        return u
+
+
+def _layers(members: Sequence[Member]) -> list[tuple[Member, Member | None]]:
+    """Every layer that one of the members belongs to, its leader first."""
+    found: dict[Member, Member | None] = {}
+    for m in members:
+        lead = m if m.layer is None or m.layer.leads else m.partner
+        assert lead is not None
+        found[lead] = lead.partner
+    return list(found.items())
+
+
+def _stack(whole: list[Tensor]) -> Tensor:
+    """Stacked; without a copy where the pieces already lie one behind another."""
+    first, size = whole[0], whole[0].numel()
+    adjacent = all(
+        t.is_contiguous() and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and t.storage_offset() == first.storage_offset() + i * size
+        for i, t in enumerate(whole)
+    )  # fmt: skip
+    if adjacent:
+        return first.as_strided((len(whole), *first.shape), (size, *first.stride()))
+    return torch.stack(whole)
+
+
+def measures(link: Transform) -> bool:
+    """Whether a link has a phase one."""
+    return type(link).measure is not Transform.measure
+
+
+def stored_weights(member: Member) -> dict[str, Tensor]:
+    """What a WeightFormat reads."""
+    stored = {"x": member.local}
+    if LOW in member.state:
+        stored[LOW] = shards.local(member.state[LOW])
+    return stored
+
+
+def whole_state(member: Member, bound: Bound) -> dict[str, Tensor]:
+    """The values of a link's slots, gathered; those of the parameter's shape as the link sees the parameter."""
+    states: dict[str, Tensor] = {}
+    for key in bound.state_keys():
+        store = member.stores[key]
+        value = shards.gather_as(member.tensor, store.read(member.state), store.slot.shape, member.dims[key])
+        same = tuple(store.slot.shape) == tuple(member.spec.shape)
+        states[key] = view_of(bound.link.unit, member.spec, value) if same else value
+    return states
+
+
+def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None:
+    """Write whole slots back to where they are kept."""
+    for position, (key, store) in enumerate(member.stores.items()):
+        if key in states:
+            whole = states[key].reshape(store.slot.shape)
+            value = shards.scatter_as(member.tensor, whole, store.slot.shape, member.dims[key])
+            stochastic = store.codec is not None and store.codec.stochastic
+            bits = None
+            if stochastic:
+                salt = state_salt(position)
+                same = tuple(store.slot.shape) == tuple(member.spec.shape)
+                bits = member.bits(step, salt) if same else plain_bits(member, step, salt, value.numel())
+                bits = high16(bits)
+            store.write(member.state, value.reshape(store.shape), bits)
+
+
+def plain_bits(member: Member, step: int, salt: int, size: int) -> Tensor:
+    """Random bits for a tensor that every rank holds whole."""
+    where = torch.arange(size, dtype=torch.int32, device=member.local.device)
+    return noise_bits(torch.tensor(wrap(member.noise_key(step) + salt), dtype=torch.int32, device=where.device), where)
+
+
+def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+    """Random bits for whole parameters, in the shape of a tensor."""
+
+    def bits(salt: int, like: Tensor) -> Tensor:
+        where = torch.arange(like.numel() // len(members), dtype=torch.int32, device=like.device)
+        keys = [
+            torch.tensor(wrap(m.noise_key(s) + salt), dtype=torch.int32, device=like.device)
+            for m, s in zip(members, steps, strict=True)
+        ]
+        return torch.stack([noise_bits(key, where) for key in keys]).reshape(like.shape)
+
+    return bits
+
+
+def refresh(
+    member: Member,
+    bounds: Sequence[Bound],
+    grads: Mapping[Member, Tensor],
+    row: Mapping[str, Any],
+    step: int,
+    facts: dict[str, Any],
+) -> None:
+    """Run `refresh` of these links (or inner rules) of one member; of a layer, for its leader."""
+    states = {key: value for b in member.bound for key, value in whole_state(member, b).items()}
+    written, before = set[str](), list(states.values())
+    for bound, unit in [(b, top.link.unit) for top in member.bound for b in top.family() if b in bounds]:
+        if unit == "layer" and member.layer is not None and not member.layer.leads:
+            continue
+        env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, **facts)
+        env.bits = lambda salt, like=env.x: noise([member], [step])(salt, like)
+        env.known = {**env.known, "param": bound.param, "step": step}
+        bound.link.refresh(env.grad, env.view(bound), env.x, env.context(bound, env.grad, env.handles(bound)))
+    keep_states(member, settled({key: states[key] for key in written}, before), step)
+
+
+def seen(unit: str, member: Member, values: Mapping[Member, Tensor] | None) -> Tensor:
+    """What a link of this unit sees of a member: of `values` (zeros where it has none), or of the weights."""
+
+    def whole(m: Member) -> Tensor:
+        if values is None:
+            return shards.gather(m.tensor, m.format.read(stored_weights(m)))
+        if m not in values:
+            return torch.zeros(m.spec.shape, dtype=m.format.compute, device=m.device)
+        return shards.gather(m.tensor, values[m].to(m.format.compute))
+
+    if unit == "layer":
+        return joined(whole(member), None if member.partner is None else whole(member.partner))
+    return view_of(unit, member.spec, whole(member))
+
+
+def measure_whole(
+    position: int,
+    members: Sequence[Member],
+    us: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rows: Sequence[Mapping[str, Any]],
+    steps: Sequence[int],
+    feeds: Sequence[Mapping[str, Tensor]],
+) -> tuple[tuple[str, ...], Tensor]:
+    """Phase one of a link that sees whole parameters: names, and values (members, names).
+
+    A layer is measured once, with its leader, or with the only one of its two that has a gradient.
+    """
+    by_member, update = dict(zip(members, grads, strict=True)), dict(zip(members, us, strict=True))
+    found: list[dict[str, Tensor]] = []
+    for i, m in enumerate(members):
+        lead = m if m.layer is None or m.layer.leads or m.partner is None else m.partner
+        bound = lead.bound[position]
+        unit = bound.link.unit
+        if unit == "layer" and lead is not m and lead in by_member:
+            found.append({})
+            continue
+        lead = lead if unit == "layer" else m
+        bound, written = lead.bound[position], set[str]()
+        states = whole_state(lead, bound)
+        before = list(states.values())
+        env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=feeds[i])
+        env.known = {"param": bound.param, "step": steps[i]}
+        env.bits = lambda salt, like=env.x, lead=lead, step=steps[i]: noise([lead], [step])(salt, like)
+        found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))
+        keep_states(lead, settled({key: states[key] for key in written}, [env.grad, env.x, *before]), steps[i])
+    names = tuple(next((values for values in found if values), {}))
+    none = torch.zeros((), device=members[0].device)
+    values = [
+        torch.stack([values.get(name, none).reshape(()) for name in names]) if names else none.new_zeros(0) for values in found
+    ]
+    return names, torch.stack(values)

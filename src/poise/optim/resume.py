@@ -1,0 +1,107 @@
+"""Loading a state_dict strictly: everything is checked first, then copied into the tensors that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .engine import shards
+
+if TYPE_CHECKING:
+    from .engine.members import Member
+
+
+def load(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], saved: Mapping[str, Any]) -> None:
+    """Copy `saved` into `groups` and `state`.
+
+    Raises:
+        ValueError: naming what differs, before anything is changed.
+    """
+    for part in ("state", "param_groups"):
+        if part not in saved:
+            raise ValueError(f"state_dict has no {part!r}: is it the state_dict of an optimizer?")
+    saved_groups = saved["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
+    copies: list[tuple[Tensor, Tensor]] = []
+    for number, (group, old) in enumerate(zip(groups, saved_groups, strict=True)):
+        _check_group(number, group, old)
+        for tensor, name, index in zip(group["params"], group["param_names"], old["params"], strict=True):
+            copies += _matched(name, state[tensor], saved["state"].get(index))
+    with torch.no_grad():
+        for target, value in copies:
+            shards.local(target).copy_(shards.local(value))
+    for group, old in zip(groups, saved_groups, strict=True):
+        group.update({key: _plain(value) for key, value in old.items() if key not in ("params", "param_names")})
+
+
+def _check_group(number: int, group: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    missing = [key for key in group if key not in old and key not in ("param_names", "initial_lr")]
+    if missing:
+        raise ValueError(
+            f"group {number}: the state_dict lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, old))}"
+        )
+    if old["rule"] != group["rule"]:
+        raise ValueError(f"group {number}: the state_dict is of rule {old['rule']!r}, this group's is {group['rule']!r}")
+    if len(old["params"]) != len(group["params"]):
+        raise ValueError(
+            f"group {number}: the state_dict has {len(old['params'])} parameters, this group {len(group['params'])}"
+        )
+    names = old.get("param_names")
+    if names is not None and list(names) != list(group["param_names"]):
+        wrong = next((a, b) for a, b in zip(names, group["param_names"], strict=True) if a != b)
+        raise ValueError(f"group {number}: the state_dict has parameter {wrong[0]!r} where this optimizer has {wrong[1]!r}")
+
+
+def _matched(name: str, mine: Mapping[str, Tensor], old: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+    if old is None:
+        raise ValueError(f"parameter {name!r}: the state_dict has no state for it")
+    lacking, strange = [k for k in mine if k not in old], [k for k in old if k not in mine]
+    if lacking or strange:
+        raise ValueError(
+            f"parameter {name!r}: the state_dict has {', '.join(map(repr, old))}, this optimizer keeps "
+            f"{', '.join(map(repr, mine))}; build it with the rule and the state= and weights= formats that were saved"
+        )
+    pairs = []
+    for key, target in mine.items():
+        value = torch.as_tensor(old[key])
+        if key == "step":
+            value = value.to(target.dtype).reshape(target.shape)
+        if tuple(value.shape) != tuple(target.shape):
+            raise ValueError(
+                f"parameter {name!r}: {key!r} has shape {tuple(value.shape)} in the state_dict, {tuple(target.shape)} here"
+            )
+        if value.dtype != target.dtype:
+            raise ValueError(f"parameter {name!r}: {key!r} is {value.dtype} in the state_dict, {target.dtype} here")
+        pairs.append((target, value))
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def fit(m: Member) -> None:
+    """Bring a parameter's state to where and how the parameter now is: its device, and, for plain slots, its computing dtype.
+
+    Raises:
+        ValueError: if the parameter has changed its shape.
+    """
+    wanted = m.create()
+    for key, like in wanted.items():
+        if key not in m.state:
+            m.state[key] = like
+            continue
+        value = m.state[key]
+        if tuple(value.shape) != tuple(like.shape):
+            raise ValueError(
+                f"parameter {m.spec.name!r}: its state {key!r} has shape {tuple(value.shape)} and should now have "
+                f"{tuple(like.shape)}; a parameter that changes its shape needs a new optimizer"
+            )
+        if value.dtype != like.dtype or shards.local(value).device != shards.local(like).device:
+            m.state[key] = value.to(device=shards.local(like).device, dtype=like.dtype)
+    for key in [key for key in m.state if key not in wanted and key not in m.shared]:
+        del m.state[key]

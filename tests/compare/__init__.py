@@ -1,0 +1,1 @@
+"""Tests of the scale; a package, so that they share `toys`."""

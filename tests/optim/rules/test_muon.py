@@ -1,0 +1,274 @@
+"""Muon (K. Jordan et al., 2024; Muon is Scalable for LLM Training, arXiv 2502.16982)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conformance.problems import Grads, distance, draw, leaves, play, same
+from torch import Tensor
+
+from poise.optim import Muon
+
+# Mathematics needs no compiler; that compiled mathematics is the same is shown for all rules at once in tests/conformance.
+muon = partial(Muon, backend="eager")
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"method": "ns5", "steps": 5, "weight_decay": 0.1, "adamw_weight_decay": 0.3},
+    {"method": "ns5", "nesterov": False, "scale_rule": "match_rms", "adamw_lr": 1e-2},
+    {"method": "svd", "scale_rule": "spectral", "momentum": 0.5, "adamw_betas": (0.8, 0.9), "adamw_eps": 1e-3},
+]
+
+# Polar Express (arXiv 2505.16932): its polynomials for singular values in [1e-3, 1], and the one that follows for ever.
+EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+]
+EXPRESS_END = (1.875, -1.25, 0.375)
+
+
+def polar(matrix: Tensor, method: str, steps: int | None) -> Tensor:
+    """The (nearly) orthogonal factor of one matrix, every product written out.
+
+    The programs add 1e-7 to the norm against a division by zero; here zero returns zero and nothing is added.
+    """
+    if method == "svd":
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u @ vh
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    norm = torch.linalg.matrix_norm(x)
+    if norm == 0:
+        return matrix
+    if method == "ns5":
+        polynomials = [(3.4445, -4.7750, 2.0315)] * (steps or 5)
+        x = x / norm
+    elif method == "polar_express":
+        safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EXPRESS]
+        polynomials = [safe[i] if i < len(safe) else EXPRESS_END for i in range(steps or 5)]
+        x = x / (1.01 * norm)
+    else:
+        raise ValueError(method)
+    for a, b, c in polynomials:
+        gram = x @ x.T
+        x = a * x + b * (gram @ x) + c * (gram @ gram @ x)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def shape_factor(rows: int, columns: int, rule: str) -> float:
+    """`original` is the release's, `match_rms` Moonlight's, `spectral` Scion's."""
+    return {
+        "original": math.sqrt(max(1.0, rows / columns)),
+        "match_rms": 0.2 * math.sqrt(max(rows, columns)),
+        "spectral": math.sqrt(rows / columns),
+        "none": 1.0,
+    }[rule]
+
+
+def reference(
+    params: Sequence[Tensor],
+    grads: Grads,
+    *,
+    lr: float | Sequence[float],
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    method: str = "polar_express",
+    steps: int | None = None,
+    scale_rule: str = "original",
+    adamw_lr: float = 3e-4,
+    adamw_betas: tuple[float, float] = (0.9, 0.95),
+    adamw_eps: float = 1e-10,
+    adamw_weight_decay: float = 0.0,
+) -> list[Tensor]:
+    """Matrices and convolutions by Muon, the rest by AdamW, whose learning rate follows the same schedule."""
+    rates = list(lr) if isinstance(lr, Sequence) else [lr] * len(grads)
+    ends = []
+    for i, start in enumerate(params):
+        w = start.double().clone()
+        first, second, t = torch.zeros_like(w), torch.zeros_like(w), 0
+        for rate, row in zip(rates, grads, strict=True):
+            gradient = row[i]
+            if gradient is None:
+                continue
+            g = gradient.double()
+            t += 1
+            if w.ndim >= 2:
+                first = momentum * first + (1 - momentum) * g
+                m = ((1 - momentum) * g + momentum * first if nesterov else first).reshape(len(w), -1)
+                o = polar(m, method, steps) * shape_factor(*m.shape, scale_rule)
+                w = (1 - rate * weight_decay) * w - rate * o.reshape(w.shape)
+            else:
+                rate = adamw_lr * rate / rates[0]
+                b1, b2 = adamw_betas
+                first = b1 * first + (1 - b1) * g
+                second = b2 * second + (1 - b2) * g**2
+                step = first / (1 - b1**t) / ((second / (1 - b2**t)).sqrt() + adamw_eps)
+                w = (1 - rate * adamw_weight_decay) * w - rate * step
+        ends.append(w)
+    return ends
+
+
+def orthogonal_update(matrix: Tensor, **hyper: Any) -> Tensor:
+    """What Muon adds to a zero weight at lr 1, negated: the orthogonalised gradient."""
+    params = leaves([torch.zeros_like(matrix)])
+    hyper = {"method": "ns5", "scale_rule": "none", "momentum": 0.0, "nesterov": False, **hyper}
+    return -play(muon(params, lr=1.0, **hyper), params, [[matrix]])[0]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32)])
+def test_twenty_steps_equal_torch_muon(nesterov: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own code, with its cast to bfloat16 undone."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    start, grads = draw([shape], 20)
+    hyper: dict[str, Any] = dict(lr=0.02, momentum=0.95, nesterov=nesterov, weight_decay=0.1)
+    ours, theirs = leaves(start), leaves(start)
+    wanted = play(torch.optim.Muon(theirs, **hyper), theirs, grads)
+    assert distance(reference(start, grads, method="ns5", **hyper), wanted) < 1e-12
+    assert distance(play(muon(ours, method="ns5", steps=5, **hyper), ours, grads), wanted) < 1e-12
+
+
+def test_ten_float32_steps_stay_within_bfloat16_rounding_of_torch_muon() -> None:
+    start, grads = draw([(64, 128), (128, 64)], 10, dtype=torch.float32)
+    ours, theirs = leaves(start), leaves(start)
+    found = play(muon(ours, lr=0.02, method="ns5"), ours, grads)
+    assert distance(found, play(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0), theirs, grads)) < 3e-3
+
+
+@pytest.mark.parametrize("hyper", CASES, ids=["defaults", "ns5", "match_rms", "svd"])
+def test_twelve_steps_equal_the_formula(hyper: dict[str, Any]) -> None:
+    start, grads = draw([(24, 40), (40, 24), (24,), (8, 4, 3, 3), ()], 12)
+    params = leaves(start)
+    assert distance(play(muon(params, lr=0.02, **hyper), params, grads), reference(start, grads, lr=0.02, **hyper)) < 1e-9
+
+
+def test_ns5_singular_values_lie_between_068_and_121() -> None:
+    (matrix,), _ = draw([(256, 1024)], 0)
+    values = torch.linalg.svdvals(orthogonal_update(matrix))
+    assert values.min() >= 0.68
+    assert values.max() <= 1.21
+
+
+def test_the_default_iteration_comes_nearer_to_the_orthogonal_factor_than_ns5() -> None:
+    (matrix,), _ = draw([(64, 128)], 0)
+    exact = polar(matrix, "svd", None)
+    default = distance([orthogonal_update(matrix, method="polar_express")], [exact])
+    assert default < 0.6 * distance([orthogonal_update(matrix, method="ns5")], [exact])
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (48, 48), (12, 4, 3, 3)])
+def test_match_rms_moves_every_full_rank_shape_by_02_lr(shape: tuple[int, ...]) -> None:
+    (matrix,), _ = draw([shape], 0)
+    update = orthogonal_update(matrix, method="svd", scale_rule="match_rms")
+    assert abs(float(update.pow(2).mean().sqrt()) - 0.2) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["ns5", "polar_express"])
+@pytest.mark.parametrize("exponent", [-30, 14])
+def test_gradients_times_a_power_of_two_change_only_rounding(method: str, exponent: int) -> None:
+    start, grads = draw([(24, 40)], 10)
+    scaled: Grads = [[g * 2.0**exponent for g in row if g is not None] for row in grads]
+    ends = []
+    for rows in (grads, scaled):
+        params = leaves(start)
+        ends.append(play(muon(params, lr=0.02, method=method), params, rows))
+    assert distance(*ends) < 1e-13
+
+
+@pytest.mark.parametrize("rule, transposes", [("none", True), ("match_rms", True), ("original", False), ("spectral", False)])
+def test_a_transposed_problem_is_solved_transposed_unless_the_scale_knows_rows(rule: str, transposes: bool) -> None:
+    start, grads = draw([(40, 24)], 10)
+    turned: Grads = [[g.T.contiguous() for g in row if g is not None] for row in grads]
+    tall, wide = leaves(start), leaves([start[0].T.contiguous()])
+    a = play(muon(tall, lr=0.02, scale_rule=rule), tall, grads)
+    b = play(muon(wide, lr=0.02, scale_rule=rule), wide, turned)
+    gap = distance(a, [b[0].T])
+    assert gap < 1e-11 if transposes else gap > 1e-3
+
+
+def test_the_scale_of_a_convolution_is_that_of_its_matrix_of_filters() -> None:
+    """256 x 4 x 3 x 3 is 256 x 36: sqrt(256 / 36) = 2.67. Taken from the kernel, 3 x 3, it would be 1."""
+    (weight,), _ = draw([(256, 4, 3, 3)], 0)
+    ratio = orthogonal_update(weight, scale_rule="original") / orthogonal_update(weight, scale_rule="none")
+    assert distance([ratio], [torch.full_like(ratio, math.sqrt(256 / 36))]) < 1e-9
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_never_written_to(nesterov: bool, dtype: torch.dtype) -> None:
+    start, grads = draw([(32, 48), (8, 4, 3, 3), (32,)], 3, dtype=dtype)
+    params = leaves(start)
+    opt = muon(params, lr=0.02, nesterov=nesterov)
+    for row in grads:
+        play(opt, params, [row])
+        assert same([p.grad for p in params if p.grad is not None], [g for g in row if g is not None])
+
+
+def test_a_missing_gradient_leaves_weight_and_momentum_alone() -> None:
+    """Turning it into zeros would go on decaying the weight and moving it by its momentum."""
+    start, grads = draw([(24, 40), (24,)], 5, missing=[(2, 0), (3, 0), (2, 1)])
+    params = leaves(start)
+    opt = muon(params, lr=0.02, weight_decay=0.5, adamw_weight_decay=0.5)
+    before = play(opt, params, grads[:2])
+    between = play(opt, params, grads[2:4])
+    assert torch.equal(between[0], before[0])
+    after = play(opt, params, grads[4:])
+    assert distance(after, reference(start, grads, lr=0.02, weight_decay=0.5, adamw_weight_decay=0.5)) < 1e-9
+
+
+def test_zero_gradients_only_decay_the_weights() -> None:
+    start, _ = draw([(24, 40), (24,)], 0)
+    params = leaves(start)
+    zeros: Grads = [[torch.zeros_like(p) for p in start] for _ in range(5)]
+    found = play(muon(params, lr=0.1, weight_decay=0.5, adamw_weight_decay=0.2), params, zeros)
+    assert distance(found, [start[0] * 0.95**5, start[1] * (1 - 3e-4 * 0.2) ** 5]) < 1e-13
+
+
+def test_vectors_and_scalars_follow_torch_adamw() -> None:
+    start, grads = draw([(24,), (), (24, 40)], 20)
+    ours, theirs = leaves(start), leaves(start)
+    found = play(muon(ours, lr=0.02), ours, grads)
+    theirs_opt = torch.optim.AdamW(theirs, lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    assert distance(found[:2], play(theirs_opt, theirs, grads)[:2]) < 1e-12
+
+
+def test_embeddings_and_the_output_head_of_a_model_follow_adamw() -> None:
+    """They are matrices too, but a rule that takes every matrix would orthogonalise them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(30, 16), torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 30))
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = muon(model, lr=0.02, adamw_lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    opt.step()
+    embedding, hidden, _, head, _ = [(p.detach() - b).abs() for p, b in zip(model.parameters(), before, strict=True)]
+    assert distance([embedding, head], [torch.full_like(embedding, 1e-3), torch.full_like(head, 1e-3)]) < 1e-5
+    assert hidden.std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lr", -0.1),
+        ("momentum", 1.5),
+        ("weight_decay", -0.1),
+        ("method", "newton"),
+        ("scale_rule", "huge"),
+        ("steps", 0),
+        ("adamw_lr", -1.0),
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name(name: str, value: Any) -> None:
+    hyper: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=name):
+        muon(leaves(draw([(4, 4)], 0)[0]), **hyper)
