@@ -91,7 +91,7 @@ def test_a_scheduler_that_cycles_momentum_finds_it_under_torchs_names(entry: Met
         play(opt, cycled, [row])
         schedule.step()
     assert distance(cycled, by_hand) < 1e-12
-    assert not keys or len(seen) >= 5
+    assert not keys or len(seen) >= 4  # of five steps; the cycle passes one value on its way down and up
 
 
 def test_a_closure_is_called_with_gradients_on_and_its_loss_returned(entry: Method) -> None:

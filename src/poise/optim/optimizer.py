@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
@@ -99,7 +100,9 @@ class Optimizer(torch.optim.Optimizer):
         self._described: list[list[Param]] = []
         self._reasons: list[list[str]] = []
         self._ready = False
-        super().__init__([self._group(one) for one in assigned], {})
+        # torch's schedulers look for "momentum" and "betas" in here, and then in every group
+        defaults = {**self._base, **{name: value for rule in self._rules.values() for name, value in rule.defaults.items()}}
+        super().__init__([self._group(one) for one in assigned], defaults)
         self._ready = True
         self._create()
 
@@ -214,7 +217,11 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         feeds, self._feeds = self._feeds, {}
-        self._current().step(feeds, loss if isinstance(loss, Tensor) else None)
+        engine = self._current()
+        kind = engine.members[0].device.type
+        lowered = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with lowered:  # the precision of an update is the rule's business
+            engine.step(feeds, loss if isinstance(loss, Tensor) else None)
         return loss
 
     def feed(self, **tensors: Mapping[Any, Tensor] | Sequence[Tensor]) -> None:
