@@ -82,33 +82,33 @@ def test_a_state_loaded_before_the_first_step_starts_afresh(entry: Method) -> No
     assert same(play(again, fresh, grads), wanted)
 
 
-def largest(saved: dict[str, Any]) -> tuple[int, str]:
-    """Parameter and slot of the largest saved tensor."""
-    found = [(v.numel(), i, slot) for i, slots in saved["state"].items() for slot, v in slots.items() if torch.is_tensor(v)]
-    _, index, slot = max(found)
+def late(saved: dict[str, Any]) -> tuple[int, str]:
+    """The last parameter and its largest slot: what is checked while it is copied has copied the others by then."""
+    index = max(saved["state"])
+    _, slot = max((v.numel(), slot) for slot, v in saved["state"][index].items() if torch.is_tensor(v))
     return index, slot
 
 
 def missing_slot(saved: dict[str, Any]) -> str:
-    index, slot = largest(saved)
+    index, slot = late(saved)
     del saved["state"][index][slot]
     return slot
 
 
 def unknown_slot(saved: dict[str, Any]) -> str:
-    saved["state"][largest(saved)[0]]["heavy_ball"] = torch.zeros(3)
+    saved["state"][late(saved)[0]]["heavy_ball"] = torch.zeros(3)
     return "heavy_ball"
 
 
 def wrong_shape(saved: dict[str, Any]) -> str:
-    index, slot = largest(saved)
+    index, slot = late(saved)
     value = saved["state"][index][slot]
     saved["state"][index][slot] = torch.zeros((*value.shape, 2), dtype=value.dtype)
     return slot
 
 
 def wrong_dtype(saved: dict[str, Any]) -> str:
-    index, slot = largest(saved)
+    index, slot = late(saved)
     saved["state"][index][slot] = saved["state"][index][slot].to(torch.float16)
     return slot
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poise.catalog import Paper, log_uniform, method
 
-from ..optimizer import Optimizer, Options
+from ..optimizer import Optimizer, Options, check_rate
 from ..routing import Params, Route, everything, hidden_matrices
 from ..transform import chain
 from ..transforms.adaptive import adam
@@ -73,6 +73,8 @@ class Muon(Optimizer):
         decay: Decay = "coupled",
         **options: Unpack[Options],
     ) -> None:
+        check_rate("adamw_lr", adamw_lr)
+        check_rate("adamw_weight_decay", adamw_weight_decay)
         spectral = chain(momentum_link(momentum, nesterov, average=True), orthogonalize(method, steps), shape_scale(scale_rule))
         rest = adam(adamw_betas, adamw_eps)
         routes = [
