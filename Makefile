@@ -52,7 +52,7 @@ $(VENV)/.bench: $(VENV)/.test
 
 # The type checker reads what the tests import, so it needs all of that as well.
 $(VENV)/.lint: $(PROJECT) $(VENV)/.torch
-	$(PIP) --editable '.[compare,hf,peers,test,lint]'
+	$(PIP) --editable '.[compare,hf,peers,test,lint,docs]'
 	@touch $@ $(VENV)/.compare $(VENV)/.test
 
 $(VENV)/.docs: $(PROJECT) $(VENV)/.torch
