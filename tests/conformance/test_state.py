@@ -141,6 +141,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     assert all(group["lr"] != 0.3 for group in opt.param_groups)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("state", ["fp32", "int4"])
 def test_distributed_checkpoint_brings_a_run_back_in_one_process(entry: Method, state: str, tmp_path: Path) -> None:
     model = net(dtype=torch.bfloat16)

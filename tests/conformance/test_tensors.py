@@ -98,7 +98,7 @@ def test_a_sparse_gradient_is_refused_before_anything_moves(entry: Method) -> No
     params = leaves(start)
     opt = build(entry, params)
     params[0].grad = torch.ones(8)
-    params[1].grad = torch.sparse_coo_tensor(torch.tensor([[1, 3]]), torch.ones(2, 4), (6, 4))
+    params[1].grad = torch.sparse_coo_tensor(torch.tensor([[1, 3]]), torch.ones(2, 4), (6, 4), check_invariants=True)
     with pytest.raises((TypeError, ValueError), match="sparse"):
         opt.step()
     assert same(params, start)
