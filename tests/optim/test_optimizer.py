@@ -44,8 +44,9 @@ def test_a_setting_that_cannot_work_is_refused_with_what_is_allowed(setting: dic
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TypeError, match=r"'stat'.*state"):
         optimizer(zeros((3,)), heavy(), lr=0.1, stat="int8")
+    misspelt: dict[str, Any] = {"betaz": (0.9, 0.99)}
     with pytest.raises(TypeError, match=r"Lion.*'betaz'"):
-        Lion(zeros((3,)), betaz=(0.9, 0.99))
+        Lion(zeros((3,)), **misspelt)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conformance.problems import Grads, distance, draw, leaves, play, same
 from torch import Tensor
 
 from poise.optim import Muon
+from poise.optim.transforms.spectral import ScaleRule
 
 # Mathematics needs no compiler; that compiled mathematics is the same is shown for all rules at once in tests/conformance.
 muon = partial(Muon, backend="eager")
@@ -186,7 +187,7 @@ def test_gradients_times_a_power_of_two_change_only_rounding(method: str, expone
 
 
 @pytest.mark.parametrize("rule, transposes", [("none", True), ("match_rms", True), ("original", False), ("spectral", False)])
-def test_a_transposed_problem_is_solved_transposed_unless_the_scale_knows_rows(rule: str, transposes: bool) -> None:
+def test_a_transposed_problem_is_solved_transposed_unless_the_scale_knows_rows(rule: ScaleRule, transposes: bool) -> None:
     start, grads = draw([(40, 24)], 10)
     turned: Grads = [[g.T.contiguous() for g in row if g is not None] for row in grads]
     tall, wide = leaves(start), leaves([start[0].T.contiguous()])
