@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from poise import catalog
-from poise.memory import CODECS, Codec, PowerMap, get
+from poise.memory import CODECS, Codec, Tapered, get
 from poise.memory.codec import Kind, pack, unpack
 
 FORMATS = sorted(name for name, codec in CODECS.items() if codec is not None)
@@ -244,13 +244,13 @@ def test_a_codec_is_a_value(name: str) -> None:
     codec = codec_of(name)
     copy = pickle.loads(pickle.dumps(codec))
     assert copy == codec and hash(copy) == hash(codec) and copy.name == name
-    assert replace(PowerMap(), block=64) != PowerMap()
-    assert "block=64" in replace(PowerMap(), block=64).name
+    assert replace(Tapered(), block=64) != Tapered()
+    assert "block=64" in replace(Tapered(), block=64).name
 
 
 def test_names_and_codecs_are_looked_up_alike() -> None:
     assert get("fp32") is None and get(None) is None
-    assert get("int8") == PowerMap() and get(PowerMap(block=64)) == PowerMap(block=64)
+    assert get("int8") == Tapered() and get(Tapered(block=64)) == Tapered(block=64)
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
@@ -267,10 +267,10 @@ def test_exact_state_is_refused(name: str) -> None:
         codec.parts("exact")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 3}, {"signed": 3}, {"nonneg": 0}, {"block": 0}, {"bits": 4, "block": 127}], ids=str)
+@pytest.mark.parametrize("wrong", [{"bits": 3}, {"block": 0}, {"bits": 4, "block": 127}], ids=str)
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(list(wrong.values())[-1])):
-        PowerMap(**wrong)
+        Tapered(**wrong)
 
 
 def test_the_papers_formats_stand_in_the_catalog_and_build_what_the_names_mean() -> None:

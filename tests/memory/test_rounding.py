@@ -15,6 +15,7 @@ from poise.memory.rounding import (
     kahan_add,
     key_of,
     low16,
+    nearest_bf16,
     noise_bits,
     split,
     stochastic_bf16,
@@ -78,18 +79,31 @@ def test_rounding_up_gives_the_smallest_bfloat16_that_is_not_below() -> None:
     assert torch.equal(up[nearest >= x], nearest[nearest >= x])  # where to nearest went up, it was the smallest
 
 
+def test_rounding_to_nearest_is_what_a_cast_does() -> None:
+    x = torch.cat([random_patterns(200_000), torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e-45, 3.4e38])])
+    torch.testing.assert_close(nearest_bf16(x), x.to(torch.bfloat16), rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_noise_is_the_documented_hash() -> None:
     def hashed(key: int, i: int) -> int:
-        x = (i * 0x9E3779B1 + key) % 2**32
+        x = (i * 0x9E3779B1 % 2**32) ^ (key % 2**32)
         x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
-        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
-        return x ^ (x >> 16)
+        return (x ^ (x >> 15)) * 0x846CA68B % 2**32
 
     index = torch.tensor([0, 1, 2, 77, 2**31 - 1, -1, -(2**31)], dtype=torch.int32)
     for key in (0, 1, -1, 123456789, -(2**31)):
         got = noise_bits(torch.tensor(key, dtype=torch.int32), index)
         assert got.dtype == torch.int32
-        assert [int(g) % 2**32 for g in got] == [hashed(key, int(i)) for i in index]
+        wanted = [hashed(key, int(i)) for i in index]
+        assert [int(g) % 2**32 for g in got] == wanted
+        assert high16(got).tolist() == [x >> 16 for x in wanted]
+        assert low16(got).tolist() == [(x ^ x >> 16) & 0xFFFF for x in wanted]
+
+
+def test_another_key_is_not_the_same_noise_further_on() -> None:
+    index = torch.arange(1000, dtype=torch.int32)
+    other = torch.tensor((12345 + 7 * 0x9E3779B1 + 2**31) % 2**32 - 2**31, dtype=torch.int32)
+    assert (noise_bits(12345, index[7:]) != noise_bits(other, index[:-7])).all()
 
 
 def test_noise_of_a_shard_is_a_slice_of_the_noise_of_the_whole() -> None:

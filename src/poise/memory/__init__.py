@@ -7,6 +7,7 @@ codec = get("int8")                 # what `state="int8"` of an optimizer means
 from poise.memory.bfloat16 import BFloat16
 from poise.memory.codec import CODECS, Codec, Kind, Part, get
 from poise.memory.dynamic import Dynamic4, Dynamic8
-from poise.memory.power import PowerMap
+from poise.memory.linear import Linear8
+from poise.memory.tapered import Tapered
 
-__all__ = ["CODECS", "BFloat16", "Codec", "Dynamic4", "Dynamic8", "Kind", "Part", "PowerMap", "get"]
+__all__ = ["CODECS", "BFloat16", "Codec", "Dynamic4", "Dynamic8", "Kind", "Linear8", "Part", "Tapered", "get"]

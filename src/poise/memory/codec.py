@@ -113,13 +113,16 @@ def over_scale(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """uint8 codes below 16, (blocks, block) -> (blocks, block / 2): the first half in the low nibbles, then the other."""
+    """int32 codes below 16, (blocks, block) -> uint8 (blocks, block / 2): the first half in the low nibbles, then the other.
+
+    int32, because vector registers have no shift of single bytes.
+    """
     half = codes.shape[1] // 2
-    return codes[:, :half] | (codes[:, half:] << 4)
+    return (codes[:, :half] | (codes[:, half:] << 4)).to(torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`, int32 (vector registers have no shift of single bytes)."""
+    """The inverse of `pack`, int32."""
     places = torch.arange(2, dtype=torch.int32, device=packed.device)[None, :, None] * 4
     nibbles = (packed[:, None, :].to(torch.int32) >> places) & 15
     return nibbles.reshape(packed.shape[0], 2 * packed.shape[1])

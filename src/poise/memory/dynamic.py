@@ -140,14 +140,14 @@ class Dynamic4(Codec):
             scale = block_scale(x)
             place = dynamic_place(over_scale(x.abs(), scale), 3, 1)
             code = torch.where(x < 0, 7 - torch.clamp(place, max=7.0), 7 + place)
-            return {"codes": pack(code.to(torch.uint8)), "scale": scale}
+            return {"codes": pack(code.to(torch.int32)), "scale": scale}
         x = torch.clamp(x, min=0.0)
         scale = block_scale(x)
         y = over_scale(x, scale)
         place = torch.clamp(torch.round(y * 16), min=1.0)
         if kind == "upper":
             place = torch.where(place * (1 / 16) * scale < x, place + 1, place)
-        return {"codes": pack((place - 1).to(torch.uint8)), "scale": scale}
+        return {"codes": pack((place - 1).to(torch.int32)), "scale": scale}
 
     def decode(self, parts: Mapping[str, Tensor], kind: Kind) -> Tensor:
         check_kind(kind)

@@ -18,8 +18,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-EXPONENT = 0x7F800000  # of a float32; all ones: infinity or NaN
-
 
 def _i32(constant: int) -> int:
     """A 32-bit constant as the signed integer of the same bits."""
@@ -38,19 +36,20 @@ def key_of(seed: int, name: str, step: int = 0, salt: int = 0) -> int:
 
 
 def noise_bits(key: Tensor | int, index: Tensor) -> Tensor:
-    """32 hashed bits for each element, int32.
+    """Hashed bits for each element, int32, for `high16`, `low16` and `unit`.
 
-        x = index * 0x9E3779B1 + key
-        x = (x ^ x >> 16) * 0x7FEB352D;   x = (x ^ x >> 15) * 0x846CA68B;   x = x ^ x >> 16        (mod 2^32)
+        x = index * 0x9E3779B1 ^ key
+        x = (x ^ x >> 16) * 0x7FEB352D;   x = (x ^ x >> 15) * 0x846CA68B        (mod 2^32)
+
+    A last x ^ x >> 16 belongs to it, which changes nothing in the upper half: who reads the lower one does it.
 
     Args:
         key: int32, 0-d or (1,); see `key_of`. A new one for each step, or the same noise comes back.
         index: int32, the element's index in the whole tensor, not in the shard (mod 2^32 for larger tensors).
     """
-    x = index * _i32(0x9E3779B1) + key
+    x = (index * _i32(0x9E3779B1)) ^ key  # with a sum, another key would be the same stream from another place on
     x = (x ^ _shift(x, 16)) * 0x7FEB352D
-    x = (x ^ _shift(x, 15)) * _i32(0x846CA68B)
-    return x ^ _shift(x, 16)
+    return (x ^ _shift(x, 15)) * _i32(0x846CA68B)
 
 
 def high16(noise: Tensor) -> Tensor:
@@ -60,12 +59,12 @@ def high16(noise: Tensor) -> Tensor:
 
 def low16(noise: Tensor) -> Tensor:
     """The lower 16 bits: a second draw from the same hash."""
-    return noise & 0xFFFF
+    return (noise ^ _shift(noise, 16)) & 0xFFFF
 
 
 def unit(noise: Tensor) -> Tensor:
     """`noise_bits` as uniform numbers in [0, 1) with 24 bits, float32."""
-    return _shift(noise, 8).to(torch.float32) * 2.0**-24
+    return _shift(noise ^ _shift(noise, 16), 8).to(torch.float32) * 2.0**-24
 
 
 def uniform(key: Tensor | int, index: Tensor) -> Tensor:
@@ -73,9 +72,9 @@ def uniform(key: Tensor | int, index: Tensor) -> Tensor:
     return unit(noise_bits(key, index))
 
 
-def _keep_non_finite(rounded: Tensor, x: Tensor) -> Tensor:
-    """Integer arithmetic turns some NaNs into infinity or -0.0, so what is not finite is left as it is."""
-    return torch.where((x.view(torch.int32) & EXPONENT) != EXPONENT, rounded, x)
+def _keep_nan(rounded: Tensor, x: Tensor) -> Tensor:
+    """Integer arithmetic turns some NaNs into infinity or -0.0; infinities it leaves, and so does the mask."""
+    return torch.where(x == x, rounded, x)
 
 
 def _upper_half(bits: Tensor) -> Tensor:
@@ -90,19 +89,24 @@ def stochastic_bf16(x: Tensor, bits: Tensor) -> Tensor:
     Values that bfloat16 has are unchanged. Above the largest bfloat16 it may round to infinity, as to nearest does; what is
     not finite is cast.
     """
-    return _keep_non_finite(_upper_half(x.view(torch.int32) + bits), x).to(torch.bfloat16)
+    return _keep_nan(_upper_half(x.view(torch.int32) + bits), x).to(torch.bfloat16)
 
 
 def upward_bf16(x: Tensor) -> Tensor:
     """float32 -> the smallest bfloat16 that is not below it."""
     pattern = x.view(torch.int32)
-    return _keep_non_finite(_upper_half(torch.where(x > 0, pattern + 0xFFFF, pattern)), x).to(torch.bfloat16)
+    return _keep_nan(_upper_half(torch.where(x > 0, pattern + 0xFFFF, pattern)), x).to(torch.bfloat16)
 
 
 def _nearest(x: Tensor) -> Tensor:
     """float32 -> the nearest bfloat16 (ties to even), still in float32."""
     pattern = x.view(torch.int32)
-    return _keep_non_finite(_upper_half(pattern + 0x7FFF + (_shift(pattern, 16) & 1)), x)
+    return _keep_nan(_upper_half(pattern + 0x7FFF + (_shift(pattern, 16) & 1)), x)
+
+
+def nearest_bf16(x: Tensor) -> Tensor:
+    """float32 -> the nearest bfloat16, ties to even: what a cast does, and no compiler undoes."""
+    return _nearest(x).to(torch.bfloat16)
 
 
 def kahan_add(w: Tensor, c: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:

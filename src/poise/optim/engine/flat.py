@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise.memory.rounding import high16
-
 from . import chunks, shards
 from .links import settled
-from .members import LOW, SALT_WEIGHTS, Member, state_salt
+from .members import LOW, SALT_WEIGHTS, Member, state_draw
 from .program import Program
 
 Mode = Literal["eager", "inductor", "chunks"]
@@ -96,5 +94,6 @@ class Flat:
         for position, (key, store) in enumerate((k, member.stores[k]) for k in self.program.keys):
             if key in values:
                 stochastic = store.codec is not None and store.codec.stochastic
-                bits = high16(member.bits(step, state_salt(position))) if stochastic else None
+                salt, half = state_draw(position)
+                bits = half(member.bits(step, salt)) if stochastic else None
                 store.write(member.state, values[key].reshape(store.shape), bits)

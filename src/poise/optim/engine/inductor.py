@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rewrite import PRELUDE, faster, unaliased
+
 # Sizes that tracing sees in place of the dynamic one. Large, so that inductor vectorizes; no power of two that a rule's own
 # tables could have, so that nothing else is taken for the same size.
 EXAMPLE_ELEMENTS = 8200
@@ -88,73 +90,6 @@ def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg]) -> str:
         raise Unsupported(f"inductor could not lower it: {type(error).__name__}: {error}") from error
 
 
-# Two things that at::vec does by way of memory: a load of integers with a count goes through a buffer in two halves, which
-# the processor cannot forward to the load that follows, and a bit cast goes through a scalar loop. Both cost more than the
-# arithmetic around them (measured: decoding int8 took five times as long with them).
-PRELUDE = r"""
-#include <torch/csrc/inductor/cpp_prefix.h>
-#if INDUCTOR_USE_VECTOR_TYPES()
-namespace {
-template <typename T> inline at::vec::Vectorized<T> poise_load(const void* p, int64_t n) {
-  if (n == at::vec::Vectorized<T>::size()) return at::vec::Vectorized<T>::loadu(p);
-#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
-  if constexpr (sizeof(T) == 1) {
-    if (n == 8) return at::vec::Vectorized<T>(_mm256_zextsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-    if (n == 16) return at::vec::Vectorized<T>(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
-#elif defined(CPU_CAPABILITY_AVX512)
-  if constexpr (sizeof(T) == 1) {
-    if (n == 16) return at::vec::Vectorized<T>(_mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    if (n == 32) return at::vec::Vectorized<T>(_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-  }
-#endif
-  return at::vec::Vectorized<T>::loadu(p, n);
-}
-template <typename T, int N> inline at::vec::VectorizedN<T, N> poise_load_n(const void* p, int64_t n) {
-  constexpr int size = at::vec::Vectorized<T>::size();
-  if (n != N * size) return at::vec::VectorizedN<T, N>::loadu(p, n);
-  at::vec::VectorizedN<T, N> result;
-  for (int i = 0; i < N; ++i) result[i] = at::vec::Vectorized<T>::loadu(reinterpret_cast<const T*>(p) + i * size);
-  return result;
-}
-template <typename To, typename From> inline at::vec::Vectorized<To> poise_bits(const at::vec::Vectorized<From>& v) {
-  return at::vec::cast<To, From>(v);
-}
-template <typename To, typename From, int N>
-inline at::vec::VectorizedN<To, N> poise_bits(const at::vec::VectorizedN<From, N>& v) {
-  at::vec::VectorizedN<To, N> result;
-  for (int i = 0; i < N; ++i) result[i] = at::vec::cast<To, From>(v[i]);
-  return result;
-}
-}  // namespace
-#endif
-"""
-LOAD = re.compile(r"at::vec::Vectorized<(u?int\d+_t)>::loadu\(")
-LOAD_N = re.compile(r"at::vec::VectorizedN<(u?int\d+_t),\s*(\d+)>::loadu\(")
-BITS = re.compile(
-    r"\[&\]\(\)\s*\{\s*__at_align__ std::array<(?P<source>\w+), (?P<size>\d+)> tmpbuf0;\s*"
-    r"(?P<value>\w+)\.store\(tmpbuf0\.data\(\), static_cast<int64_t>\((?P=size)\)\);\s*"
-    r"__at_align__ std::array<(?P<target>\w+), (?P=size)> tmpbuf_out;\s*"
-    r"for \(int i = 0; i < static_cast<int64_t>\((?P=size)\); i\+\+\)\s*\{\s*"
-    r"tmpbuf_out\[i\] = c10::bit_cast<(?P=target)>\(tmpbuf0\[i\]\);\s*\}\s*"
-    r"return\s+at::vec::VectorizedN?<(?P=target)(?:, \d+)?>::loadu"
-    r"\(tmpbuf_out\.data\(\), static_cast<int64_t>\((?P=size)\)\);\s*"
-    r"\}\s*\(\)"
-)
-WIDE = {"float", "int32_t"}  # both four bytes: what at::vec::cast turns into each other
-
-
-def faster(source: str) -> str:
-    """The same kernel without detours through memory; whatever does not look as expected stays as it is."""
-
-    def bits(found: re.Match[str]) -> str:
-        if {found["source"], found["target"]} != WIDE:
-            return found[0]
-        return f"poise_bits<{found['target']}>({found['value']})"
-
-    return LOAD_N.sub(r"poise_load_n<\1, \2>(", LOAD.sub(r"poise_load<\1>(", BITS.sub(bits, source)))
-
-
 def _wrap(code: str, args: Sequence[Arg]) -> str:
     """Read kernels and calls out of inductor's Python wrapper, and write them as one C++ file."""
     module = ast.parse(code)
@@ -184,6 +119,7 @@ class _Wrapper:
         self.shapes: dict[str, tuple[int | None, ...]] = {}
         self.sizes: dict[str, str] = {}  # size symbol -> C expression
         self.lines: list[str] = []
+        self.alone: dict[str, list[bool]] = {}  # of each kernel's pointers: no other argument is the same buffer
         self.temporaries = 0
 
     def render(self, body: list[ast.stmt]) -> str:
@@ -192,9 +128,11 @@ class _Wrapper:
         parts: list[str] = []
         for index, (name, (_, source)) in enumerate(self.sources.items()):
             # one file for all: each kernel gets its own name and internal linkage
-            renamed, count = re.subn(r'extern "C"\s+void\s+kernel\(', f"static void {name}_{index}(", faster(source))
-            if count != 1:
+            found = re.search(r'extern "C"\s+void\s+kernel(\([^)]*\))', source)
+            if found is None:
                 raise Unsupported("a kernel of unexpected form")
+            signature = f"static void {name}_{index}{unaliased(found[1], self.alone[name])}"
+            renamed = source[: found.start()] + signature + faster(source[found.end() :])
             self.lines = [line.replace(f"{name}@", f"{name}_{index}") for line in self.lines]
             parts.append(renamed)
         buffers = [f"static thread_local std::vector<char> temporary{i};" for i in range(self.temporaries)]
@@ -236,6 +174,9 @@ class _Wrapper:
             case ast.Expr(value=ast.Call(func=ast.Name(id=name), args=values)) if name in self.sources:
                 types, _ = self.sources[name]
                 given = [self.value(value, kind) for value, kind in zip(values, types, strict=True)]
+                buffers = [text.partition(")")[2] for text, kind in zip(given, types, strict=True) if kind.endswith("*")]
+                alone = [buffers.count(buffer) == 1 for buffer in buffers]
+                self.alone[name] = [a and b for a, b in zip(alone, self.alone.get(name, alone), strict=True)]
                 self.lines.append(f"  {name}@({', '.join(given)});")
             case ast.Delete() | ast.Return() | ast.Assert() | ast.Pass():
                 pass

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .inductor import Arg, Unsupported, source_of, trace
 
-VERSION = 2  # of what is kept on disk
+VERSION = 6  # of what is kept on disk
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -67,7 +67,7 @@ class WeightFormat:
         if self.mode == "stochastic":
             assert bits is not None
             return {"x": rounding.stochastic_bf16(x, rounding.high16(bits))}
-        return {"x": x.to(self.dtype)}
+        return {"x": rounding.nearest_bf16(x) if self.dtype == torch.bfloat16 else x.to(self.dtype)}
 
 
 class Member:
@@ -178,9 +178,9 @@ def check_matrix(p: Param) -> None:
         )
 
 
-def state_salt(position: int) -> int:
-    """Salt of the rounding noise of the slot at `position`."""
-    return wrap(SALT_STATE + 0x3C6EF372 * (position + 1))
+def state_draw(position: int) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Salt of the rounding noise of the slot at `position`, and which half of it is its own: two slots share a hash."""
+    return wrap(SALT_STATE + 0x3C6EF372 * (position // 2 + 1)), rounding.low16 if position % 2 else rounding.high16
 
 
 def noise_keys(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -193,4 +193,4 @@ def wrap(number: int) -> int:
     return ((number + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
-__all__ = ["LOW", "SALT_WEIGHTS", "Bound", "Member", "WeightFormat", "Weights", "noise_keys", "state_salt", "wrap"]
+__all__ = ["LOW", "SALT_WEIGHTS", "Bound", "Member", "WeightFormat", "Weights", "noise_keys", "state_draw", "wrap"]

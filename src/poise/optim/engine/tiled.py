@@ -1,8 +1,8 @@
-"""Runs a program on a CPU with a compiler: its kernel, and those of the formats around it, tile by tile.
+"""Runs a program on a CPU with a compiler: its kernel, and those of the state formats around it, tile by tile.
 
-For one tile the order is: bring gradient, weights and encoded state into the computing dtype, apply the rule, round the
-weights, tell the rule what rounding kept, encode the state. Rule and formats are compiled apart, so that their number adds
-instead of multiplying; what passes between them stays in the core's cache.
+For one tile the order is: decode the state, apply the rule, encode the state. The rule's kernel reads gradient, weights and
+state of element-wise formats in their own dtype and rounds them itself. Formats in blocks are compiled apart, so that their
+number adds instead of multiplying; what passes between them stays in the core's cache.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from poise.memory.codec import Codec
-from poise.memory.rounding import high16, noise_bits
+from poise.memory.rounding import noise_bits
 
 from . import kernels, tiles
-from .members import LOW, SALT_WEIGHTS, Member, WeightFormat, noise_keys, state_salt
+from .members import LOW, SALT_WEIGHTS, Member, WeightFormat, noise_keys, state_draw
 from .program import Program
 from .tiles import Operand
 
@@ -32,6 +32,8 @@ class Tiled:
         self.program, self.format, self.compute = program, like.format, like.format.compute
         self.keys = program.keys
         self.stores = {key: like.stores[key] for key in self.keys}
+        self.blocked = {key: c for key, store in self.stores.items() if (c := store.codec) is not None and c.block > 1}
+        self.inline = {key: c for key, store in self.stores.items() if (c := store.codec) is not None and c.block == 1}
         self.written = program.results()
         self.launches: dict[tuple[int, ...], tiles.Launch] = {}
         self.columns = {name: i for i, name in enumerate(("g", "u", "x", "row"))}
@@ -46,22 +48,12 @@ class Tiled:
 
     def _plan(self) -> None:
         """Ask for every kernel (they compile side by side) and say where its arguments are."""
-        program, fmt = self.program, self.format
-        ends = program.ends and not program.measures
-        if self.grad_dtype != self.compute:
-            self._cast("g", self.grad_dtype)
-        if fmt.mode != "plain":
-            self._read_weights()
-        for key, store in self.stores.items():
-            if store.codec is not None:
-                self._decode(key, store.codec)
-        self._rule()
-        if ends and fmt.mode != "plain":
-            self._write_weights()
-        told = self._tell() if ends and fmt.mode != "plain" else ()
-        for position, (key, store) in enumerate(self.stores.items()):
-            if store.codec is not None and (key in self.written or key in told):
-                self._encode(key, store.codec, position)
+        for key, codec in self.blocked.items():
+            self._decode(key, codec)
+        written = self._rule()
+        for position, key in enumerate(self.keys):
+            if key in self.blocked and key in written:
+                self._encode(key, self.blocked[key], position)
 
     def _column(self, name: str, dtype: torch.dtype, block: int = 1, per_block: int = 1) -> Operand:
         index = self.columns.setdefault(name, len(self.columns))
@@ -75,7 +67,9 @@ class Tiled:
         return self._column(name, self._dtype(name))
 
     def _dtype(self, name: str) -> torch.dtype:
-        """Of a value as rules see it."""
+        """Of a value as the rule's kernel reads it."""
+        if name in self.inline:
+            return next(iter(self.inline[name].parts(self.stores[name].kind).values())).dtype
         return self.stores[name].dtype if name in self.stores else self.compute
 
     def _to_scratch(self, name: str) -> Operand:
@@ -84,39 +78,6 @@ class Tiled:
 
     def _add(self, fn: object, args: Sequence[kernels.Arg], operands: Sequence[Operand], block: int = 1) -> None:
         self.pending.append((kernels.native(fn, args), tuple(operands), block))  # type: ignore[arg-type]
-
-    def _cast(self, name: str, dtype: torch.dtype) -> None:
-        compute = self.compute
-        self._add(
-            lambda source, out: {"out": source.to(compute)},
-            [kernels.Arg("source", dtype), kernels.Arg("out", compute, written=True)],
-            [self._column(name, dtype), self._to_scratch(name)],
-        )
-
-    def _weight_args(self, written: bool) -> tuple[list[kernels.Arg], list[Operand]]:
-        args, operands = [kernels.Arg("x", self.format.dtype, written=written)], [self._column("x", self.format.dtype)]
-        if self.format.mode == "split":
-            args.append(kernels.Arg(LOW, torch.int16, written=written))
-            operands.append(self._column(LOW, torch.int16))
-        return args, operands
-
-    def _read_weights(self) -> None:
-        fmt = self.format
-        args, operands = self._weight_args(written=False)
-        self._add(
-            lambda **t: {"out": fmt.read(t)},
-            [*args, kernels.Arg("out", self.compute, written=True)],
-            [*operands, self._to_scratch("x")],
-        )
-
-    def _write_weights(self) -> None:
-        fmt = self.format
-        args, operands = self._weight_args(written=True)
-        self._add(
-            lambda noise, wanted, **t: fmt.write(wanted, _bits(noise, wanted, SALT_WEIGHTS)),
-            [NOISE, kernels.Arg("wanted", self.compute), *args],
-            [Operand("noise", block=0), self._value("x"), *operands],
-        )
 
     def _decode(self, key: str, codec: Codec) -> None:
         store = self.stores[key]
@@ -134,62 +95,85 @@ class Tiled:
         )
 
     def _encode(self, key: str, codec: Codec, position: int) -> None:
-        store, salt = self.stores[key], state_salt(position)
-        kind, stochastic = store.kind, codec.stochastic
-        args, operands = [], []
+        store = self.stores[key]
+        kind, shape = store.kind, _shape(codec, codec.block)
+        args, operands = [kernels.Arg("value", store.dtype, shape)], [self._value(key)]
+        salt, half = state_draw(position)
+        if codec.stochastic:
+            args.append(kernels.Arg("noise", torch.int32, shape))
+            operands.append(self._hashed(salt))
         for name, (stored, part) in store.parts.items():
             args.append(kernels.Arg(name, part.dtype, _shape(codec, part.per_block), written=True))
             operands.append(self._column(stored, part.dtype, codec.block, part.per_block))
         self._add(
-            lambda noise, value, **t: codec.encode(
-                value.to(torch.float32), kind, high16(_bits(noise, value, salt)) if stochastic else None
-            ),
-            [NOISE, kernels.Arg("value", store.dtype, _shape(codec, codec.block)), *args],
-            [Operand("noise", block=0), self._value(key), *operands],
+            lambda value, noise=None, **t: codec.encode(value.to(torch.float32), kind, None if noise is None else half(noise)),
+            args,
+            operands,
             codec.block,
         )
 
-    def _inputs(self, names: Sequence[str], written: Sequence[str]) -> tuple[list[kernels.Arg], list[Operand]]:
-        args = [kernels.Arg(name, self._dtype(name), written=name in written) for name in names]
-        operands = [self._value(name) for name in names]
-        args += [kernels.Arg("row", self.compute, (max(len(self.program.names), 1),)), NOISE]
-        operands += [Operand("column", self.columns["row"], 0, 0, 1), Operand("noise", block=0)]
-        return args, operands
+    def _hashed(self, salt: int) -> Operand:
+        """Random bits for each element in the scratch, made once for the two slots that share them."""
+        name = f"noise:{salt}"
+        if name not in self.scratch:
+            self.scratch[name] = len(self.scratch)
+            self._add(
+                lambda noise, out: {"out": _bits(noise, out, salt)},
+                [NOISE, kernels.Arg("out", torch.int32, written=True)],
+                [Operand("noise", block=0), Operand("scratch", self.scratch[name])],
+            )
+        return Operand("scratch", self.scratch[name])
 
-    def _rule(self) -> None:
-        program = self.program
-        names = [
-            "g",
-            *([] if program.begins and "u" not in self.written else ["u"]),
-            "x",
-            *self.keys,
-            *(f"feed:{f}" for f in program.feeds),
-        ]
-        sums = [name for name in self.written if "/" in name]
-        args, operands = self._inputs(names, self.written)
-        for i, name in enumerate(sums):
+    def _rule(self) -> set[str]:
+        """The rule's kernel, which ends with the weights in their own format; returns the state keys it writes."""
+        program, fmt, compute = self.program, self.format, self.compute
+        rounds = program.ends and not program.measures and fmt.mode != "plain"
+        told = program.told if rounds else None
+        if told is not None and fmt.dtype == torch.float16:  # a compiler takes a cast there and back for nothing at all
+            raise kernels.Unsupported("what rounding keeps from float16 weights")
+        written = {*self.written, *(told(program.example() | {"error": torch.ones(2)}) if told is not None else ())}
+        args, operands = [kernels.Arg("g", self.grad_dtype)], [self._column("g", self.grad_dtype)]
+        args.append(kernels.Arg("x", fmt.dtype, written="x" in written))
+        operands.append(self._column("x", fmt.dtype))
+        if fmt.mode == "split":
+            args.append(kernels.Arg(LOW, torch.int16, written="x" in written))
+            operands.append(self._column(LOW, torch.int16))
+        names = [*([] if program.begins and "u" not in written else ["u"]), *self.keys, *(f"feed:{f}" for f in program.feeds)]
+        args += [kernels.Arg(name, self._dtype(name), written=name in written) for name in names]
+        operands += [self._value(name) for name in names]
+        args += [kernels.Arg("row", compute, (max(len(program.names), 1),)), NOISE]
+        operands += [Operand("column", self.columns["row"], 0, 0, 1), Operand("noise", block=0)]
+        self.sums = [name for name in self.written if "/" in name]
+        for i, name in enumerate(self.sums):
             args.append(kernels.Arg(name, torch.float64, (1,), written=True))
             operands.append(Operand("partial", 8 * i, 0, 8, 8))
-        self.sums = sums
-        self._add(lambda **t: program(t), args, operands)
 
-    def _tell(self) -> tuple[str, ...]:
-        """The kernel that hands the rounding error to the links that want it; returns the state keys it writes."""
-        told, fmt, program = self.program.told, self.format, self.program
-        if not told:
-            return ()
-        written = told(program.example() | {"error": torch.ones(2)})
-        args, operands = self._inputs(["g", *self.keys, *(f"feed:{f}" for f in program.feeds)], tuple(written))
-        weight_args, weight_operands = self._weight_args(written=False)
+        def fn(**t: Tensor) -> dict[str, Tensor]:
+            seen = t | {"g": t["g"].to(compute), "x": fmt.read(t)} | {key: self._read(key, t[key]) for key in self.inline}
+            results = program(seen)
+            if rounds:
+                wanted = results["x"]
+                results |= fmt.write(wanted, _bits(t["noise"], wanted, SALT_WEIGHTS))
+                if told is not None:  # what rounding kept from the weights
+                    now = fmt.read(results)
+                    results |= told(seen | results | {"x": now, "error": wanted - now})
+            return results | {key: self._write(key, results[key], t["noise"]) for key in self.inline if key in results}
 
-        def fn(wanted: Tensor, **t: Tensor) -> dict[str, Tensor]:
-            now = fmt.read(t)
-            return told({**t, "x": now, "error": wanted - now})
+        self._add(fn, args, operands)
+        return written
 
-        self._add(
-            fn, [kernels.Arg("wanted", self.compute), *weight_args, *args], [self._value("x"), *weight_operands, *operands]
-        )
-        return tuple(written)
+    def _read(self, key: str, stored: Tensor) -> Tensor:
+        """A slot of an element-wise format, as rules see it."""
+        codec, store = self.inline[key], self.stores[key]
+        (name,) = codec.parts(store.kind)
+        return codec.decode({name: stored}, store.kind).to(store.dtype)
+
+    def _write(self, key: str, value: Tensor, noise: Tensor) -> Tensor:
+        codec, kind = self.inline[key], self.stores[key].kind
+        salt, half = state_draw(self.keys.index(key))
+        bits = half(_bits(noise, value, salt)) if codec.stochastic else None
+        (made,) = codec.encode(value.to(torch.float32), kind, bits).values()
+        return made
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.memory.rounding import high16, noise_bits
+from poise.memory.rounding import noise_bits
 
 from ..transform import Param, Transform
 from . import shards
 from .layers import joined, parted
 from .links import Bound, Env, call_update, settled
-from .members import LOW, Member, state_salt, wrap
+from .members import LOW, Member, state_draw, wrap
 
 
 def view_of(unit: str, p: Param, t: Tensor) -> Tensor:
@@ -212,10 +212,9 @@ def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None
             stochastic = store.codec is not None and store.codec.stochastic
             bits = None
             if stochastic:
-                salt = state_salt(position)
+                salt, half = state_draw(position)
                 same = tuple(store.slot.shape) == tuple(member.spec.shape)
-                bits = member.bits(step, salt) if same else plain_bits(member, step, salt, value.numel())
-                bits = high16(bits)
+                bits = half(member.bits(step, salt) if same else plain_bits(member, step, salt, value.numel()))
             store.write(member.state, value.reshape(store.shape), bits)
 
 
