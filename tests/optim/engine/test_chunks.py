@@ -1,4 +1,4 @@
-"""Rules without a compiler: pieces of tensors, in buffers, on Python threads; the same mathematics."""
+"""Rules without a compiler: pieces of tensors, in buffers; the same mathematics."""
 
 from __future__ import annotations
 
@@ -87,12 +87,26 @@ def _many_temporaries(u: Tensor, state: Any, x: Tensor, k: Any) -> Tensor:
     parts = [u * float(i) + x for i in range(8)]
     total = parts[0]
     for part in reversed(parts):
-        total = total * 0.5 + part * part
+        total = total * 0.5 + part / (1 + part * part)
     state["b"] = total - parts[3]
     return total + parts[7] * state["b"]
 
 
+def _sums_of_products(u: Tensor, state: Any, x: Tensor, k: Any) -> Tensor:
+    """Every form that a sum can take in, and products that it must not: used twice, or kept."""
+    a, b = state["a"], state["b"]
+    kept = a * 0.5
+    state["a"] = kept
+    state["b"] = b * k.gain + u * u * 0.25
+    twice = u * x
+    total = (a * 0.3 - twice) + twice * 0.1
+    total = total - u * x * k.gain + (u * 0.5) / (1 + a * a) * 3.0 - x * 0.1
+    total = k.gain * (0.1 * (kept + total)) - u / (2 + b * b)
+    return (u * 0.5) / (1 + a * a) * k.gain - x * 0.1 + total - kept
+
+
 KNOWN: dict[str, Math] = {
+    "sums of products": _sums_of_products,
     "two slots from one old value": _two_halves,
     "an old value read late": _late_reader,
     "one value in two slots": _one_value_twice,
