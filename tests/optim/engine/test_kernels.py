@@ -86,7 +86,7 @@ def test_a_kernel_does_what_its_function_says_and_is_found_on_disk_again(
 
 def test_another_function_or_another_type_is_another_kernel(compilations: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
-    monkeypatch.setattr(kernels, "source_of", lambda fn, args: "")
+    monkeypatch.setattr(kernels, "source_of", lambda fn, args, compiler: "")
     monkeypatch.setattr(kernels, "_build", lambda source, path, args: keys.append(path.stem))
     monkeypatch.setattr(kernels.Path, "exists", lambda path: False)
     first = [Arg("a", torch.float32), Arg("b", torch.float32, written=True)]
@@ -260,7 +260,7 @@ def test_without_a_compiler_rules_run_in_pieces_and_it_is_said_once(backend: str
 def test_what_inductor_cannot_lower_falls_back_to_torch_compile_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def unsupported(fn: Any, args: Sequence[Arg]) -> str:
+    def unsupported(fn: Any, args: Sequence[Arg], compiler: str | None = None) -> str:
         calls.append("lowered")
         raise Unsupported("statement not understood: extern_kernels.mm(...)")
 
@@ -281,7 +281,10 @@ def test_a_rule_with_a_table_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert len(said) == 1 and "torch.compile" in said[0]
 
 
-@pytest.mark.parametrize(("named", "found"), [("/nonexistent/c++", False), (sys.executable, True), (None, True)])
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [("/nonexistent/c++", False), (sys.executable, True), (None, True), (f"nice {sys.executable} -m64", True)],
+)
 def test_the_compiler_is_the_one_that_is_named_or_a_usual_one(
     named: str | None, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,10 +294,28 @@ def test_the_compiler_is_the_one_that_is_named_or_a_usual_one(
         monkeypatch.setenv("CXX", named)
     assert (kernels.compiler() is not None) == found
     if named and found:
-        assert kernels.compiler() == named
+        assert kernels.compiler() == sys.executable
 
 
 # -- more processes ----------------------------------------------------------------------------------------------------
+
+VECTORS = """
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from poise.optim.engine import kernels
+kernels.find_vectors()
+print(str(pick_vec_isa()))
+"""
+
+
+def test_a_cache_with_a_space_in_its_name_does_not_cost_the_vector_instructions(tmp_path: Path) -> None:
+    found = []
+    for folder in ("cache", "my cache"):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder)}
+        done = subprocess.run([sys.executable, "-c", VECTORS], env=environment, capture_output=True, text=True, check=True)
+        found.append(done.stdout)
+    assert found[0] == found[1]
+    assert [path.name for path in (tmp_path / "my cache").iterdir()] == ["poise"], "the trial is made elsewhere"
+
 
 PROGRAM = """
 import sys, torch

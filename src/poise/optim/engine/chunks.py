@@ -17,7 +17,7 @@ from .lines import Lines
 from .program import Program
 
 # Elements of a piece: a rule's tensors take some 10 MB of it, which shared caches hold. Measured on two threads, the ratio of
-# AdamW to torch's fused one: 4.3 with a quarter of it, because calls cost more than they do, 3.4 with half, 3.1, 3.6 with double.
+# AdamW to torch's fused one: 4.3 with a quarter of it, as calls cost more than they do, 3.4 with half, 3.1, 3.6 with double.
 PIECE = 524288
 
 

@@ -60,8 +60,12 @@ def trace(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], decompositi
     return make_fx(flat, tracing_mode="symbolic", decomposition_table=decompositions)(*(arg.example() for arg in args))
 
 
-def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg]) -> str:
-    """C++ source of the kernels that inductor generates for `fn`, and the entry point over them."""
+def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], compiler: str | None = None) -> str:
+    """C++ source of the kernels that inductor generates for `fn`, and the entry point over them.
+
+    Args:
+        compiler: its path; inductor's own choice was made when it was imported.
+    """
     from torch._guards import detect_fake_mode
     from torch._inductor import config
     from torch._inductor.debug import DebugContext
@@ -74,8 +78,10 @@ def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg]) -> str:
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         fake = detect_fake_mode(inputs)
         assert fake is not None
+        settings: dict[str, Any] = {"cpp.threads": 1, "cpp_wrapper": False, "size_asserts": False}
+        settings |= {"cpp.enable_kernel_profile": False} | ({"cpp.cxx": (None, compiler)} if compiler else {})
         with (
-            config.patch({"cpp.threads": 1, "cpp_wrapper": False, "size_asserts": False, "cpp.enable_kernel_profile": False}),
+            config.patch(settings),
             V.set_fake_mode(fake),
             V.set_debug_handler(DebugContext()),
         ):

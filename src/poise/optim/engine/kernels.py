@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ class Kernel:
 
 
 def compiler() -> str | None:
-    """The C++ compiler's path, from CXX or the usual names; None where there is none."""
-    named = os.environ.get("CXX")
-    candidates = [named] if named else ["g++", "clang++", "c++"]
+    """The C++ compiler's path, from CXX ("g++", "ccache g++") or the usual names; None where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = named[::-1] if named else ["g++", "clang++", "c++"]
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
@@ -51,6 +52,31 @@ def cache_dir() -> Path:
     path = Path(inductor_cache_dir()) / "poise"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@cache
+def find_vectors() -> None:
+    """Let inductor find out, once, which vector instructions there are.
+
+    It does so by compiling something in its cache. Where the folder's name has a space in it, that fails, and every kernel of
+    this process would do without: the trial is then made elsewhere.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if shlex.quote(str(cache_dir())) == str(cache_dir()):
+        pick_vec_isa()
+        return
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            pick_vec_isa()
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 _loaded: dict[str, Future[Kernel]] = {}
@@ -90,7 +116,8 @@ def native(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg]) -> Future[
                 _loaded[key] = Future()
                 _loaded[key].set_result(_load(path, tuple(args)))
             else:
-                source = source_of(fn, args)
+                find_vectors()
+                source = source_of(fn, args, compiler())
                 _loaded[key] = _pool.submit(_build, source, path, tuple(args))
         return _loaded[key]
 
@@ -104,10 +131,11 @@ def _key(graph: torch.fx.GraphModule, args: Sequence[Arg]) -> str:
 
 
 def _build(source: str, path: Path, args: tuple[Arg, ...]) -> Kernel:
+    from torch._inductor import config
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    with _lock:
+    with _lock, config.patch({"cpp.cxx": (None, compiler())}):
         options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=False)
 
     def command(cpp: str, folder: str) -> list[str]:
