@@ -7,7 +7,7 @@ number adds instead of multiplying; what passes between them stays in the core's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -76,8 +76,10 @@ class Tiled:
         self.scratch.setdefault(name, len(self.scratch))
         return self._value(name)
 
-    def _add(self, fn: object, args: Sequence[kernels.Arg], operands: Sequence[Operand], block: int = 1) -> None:
-        self.pending.append((kernels.native(fn, args), tuple(operands), block))  # type: ignore[arg-type]
+    def _add(
+        self, fn: object, args: Sequence[kernels.Arg], operands: Sequence[Operand], block: int = 1, known: Hashable = None
+    ) -> None:
+        self.pending.append((kernels.native(fn, args, known), tuple(operands), block))  # type: ignore[arg-type]
 
     def _decode(self, key: str, codec: Codec) -> None:
         store = self.stores[key]
@@ -92,6 +94,7 @@ class Tiled:
             [*args, kernels.Arg("out", store.dtype, _shape(codec, codec.block), written=True)],
             [*operands, self._to_scratch(key)],
             codec.block,
+            ("decode", codec, kind),
         )
 
     def _encode(self, key: str, codec: Codec, position: int) -> None:
@@ -110,6 +113,7 @@ class Tiled:
             args,
             operands,
             codec.block,
+            ("encode", codec, kind, half),
         )
 
     def _hashed(self, salt: int) -> Operand:
@@ -121,6 +125,7 @@ class Tiled:
                 lambda noise, out: {"out": _bits(noise, out, salt)},
                 [NOISE, kernels.Arg("out", torch.int32, written=True)],
                 [Operand("noise", block=0), Operand("scratch", self.scratch[name])],
+                known=("noise", salt),
             )
         return Operand("scratch", self.scratch[name])
 
