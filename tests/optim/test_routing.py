@@ -234,7 +234,7 @@ def test_a_single_block_in_a_list_of_blocks_has_no_head_either() -> None:
 
 def test_a_convolution_net_has_its_roles_and_only_the_last_layer_of_its_classifier_is_the_head() -> None:
     assert roles(ConvNet()) == {
-        "features.0.weight": "conv",
+        "features.0.weight": "embedding",
         "features.0.bias": "bias",
         "features.1.weight": "norm",
         "features.1.bias": "norm",
@@ -246,6 +246,56 @@ def test_a_convolution_net_has_its_roles_and_only_the_last_layer_of_its_classifi
         "classifier.2.weight": "head",
         "classifier.2.bias": "bias",
     }
+
+
+def test_only_a_first_convolution_that_reads_the_data_is_an_embedding() -> None:
+    assert roles(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))["0.weight"] == "embedding"
+    assert roles(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))["0.weight"] == "conv", "as wide as what layers make"
+    assert roles(nn.Sequential(nn.Linear(5, 8), nn.Conv1d(8, 4, 3)))["1.weight"] == "conv"
+    blocks = nn.ModuleList([Holder(conv=nn.Conv2d(3, 8, 3)) for _ in range(3)])
+    assert roles(Holder(blocks=blocks))["blocks.0.conv.weight"] == "conv", "in a block"
+
+
+class Turned(nn.Module):
+    """A layer that keeps its weight (in, out), and says so as GPT-2's Conv1D does."""
+
+    def __init__(self, nx: int, nf: int) -> None:
+        super().__init__()
+        self.nx, self.nf = nx, nf
+        self.weight = nn.Parameter(torch.zeros(nx, nf))
+
+
+class Stacked(nn.Module):
+    def __init__(self, width: int, inner: int, *, inputs_first: bool, name: str) -> None:
+        super().__init__()
+        setattr(self, name, width)
+        self.gate_up_proj = nn.Parameter(torch.zeros((4, width, 2 * inner) if inputs_first else (4, 2 * inner, width)))
+        self.down_proj = nn.Parameter(torch.zeros((4, inner, width) if inputs_first else (4, width, inner)))
+
+
+def test_a_weight_stored_inputs_first_is_known_and_split_by_its_outputs() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 4
+            self.c_attn, self.c_proj = Turned(16, 48), nn.Linear(16, 16)
+
+    model = Holder(attn=Attention(), up=nn.ConvTranspose2d(8, 4, 3), down=nn.Conv2d(4, 8, 3))
+    found = {p.name: p for group in collect(model) for p in group.described}
+    assert {name for name, p in found.items() if p.inputs_first} == {"attn.c_attn.weight", "up.weight"}
+    assert found["attn.c_attn.weight"].matrix == (48, 16) and found["attn.c_attn.weight"].splits == (16, 16, 16)
+    assert found["up.weight"].matrix == (4, 8 * 9) and found["down.weight"].matrix == (8, 4 * 9)
+
+
+@pytest.mark.parametrize("inputs_first", [True, False])
+@pytest.mark.parametrize("name", ["hidden_size", "hidden_dim"])
+def test_experts_say_by_their_width_which_side_their_inputs_are(name: str, inputs_first: bool) -> None:
+    """As gpt-oss and Llama 4 keep them, and as Mixtral and DeepSeek do."""
+    model = Holder(experts=Stacked(16, 24, inputs_first=inputs_first, name=name))
+    found = {p.name: p for group in collect(model) for p in group.described}
+    assert {p.role for p in found.values()} == {"experts"}
+    assert {p.inputs_first for p in found.values()} == {inputs_first}
+    assert found["experts.gate_up_proj"].matrix == (48, 16) and found["experts.down_proj"].matrix == (16, 24)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +440,8 @@ def test_a_stack_of_experts_is_told_from_a_convolution_and_from_a_learned_input(
         queries=torch.ones(1, 7, 8),
         relation=torch.ones(3, 7, 8),
         cls_token=torch.ones(1, 1, 8),
-        conv=nn.Conv1d(2, 3, 4),
+        stem=nn.Conv1d(2, 3, 4),
+        conv=nn.Conv1d(3, 3, 4),
     )
     found = roles(model)
     assert found["moe.gate_up_proj"] == found["alone.gate_up_proj"] == found["relation"] == "experts"
@@ -436,7 +487,7 @@ def test_what_parametrize_keeps_has_the_role_and_the_layer_of_the_weight() -> No
     model = Holder(
         tokens=nn.Embedding(VOCABULARY, WIDTH),
         body=weight_norm(nn.Linear(WIDTH, WIDTH)),
-        conv=weight_norm(nn.Conv1d(3, 4, 5)),
+        conv=weight_norm(nn.Conv1d(WIDTH, 4, 5)),
         square=orthogonal(nn.Linear(WIDTH, WIDTH, bias=False)),
         readout=weight_norm(nn.Linear(WIDTH, VOCABULARY)),
     )
@@ -817,9 +868,9 @@ def test_matrices_go_to_the_first_route_and_the_rest_to_the_second_in_the_order_
 
 
 def test_reasons_say_what_each_parameter_is() -> None:
-    (group,) = collect(Holder(wte=nn.Embedding(9, 4), proj=nn.Linear(4, 6), conv=nn.Conv1d(2, 3, 5), moe=Experts()))
+    (group,) = collect(Holder(wte=nn.Embedding(9, 4), proj=nn.Linear(4, 6), conv=nn.Conv1d(4, 3, 5), moe=Experts()))
     muon, adamw = assign(group, muon_and_adamw())
-    assert muon.reasons == ["hidden matrix 6 x 4", "convolution as 3 x 10", "4 experts of 8 x 6"]
+    assert muon.reasons == ["hidden matrix 6 x 4", "convolution as 3 x 20", "4 experts of 8 x 6"]
     assert adamw.reasons == ["embedding", "bias", "bias", "bias"]
     (group,) = collect(GPT(tied=True))
     assert assign(group, muon_and_adamw())[1].reasons[0] == "tied embedding"

@@ -312,6 +312,22 @@ def test_the_loss_of_the_closure_reaches_reduce() -> None:
     assert link.seen == [(1, 1.25), (2, None)]
 
 
+@pytest.mark.parametrize("backend", ["eager", "tiles", "chunks", "inductor"])
+def test_the_loss_of_the_closure_reaches_compiled_updates(backend: str) -> None:
+    """A new loss is no new kernel, and a rule that does not ask for it is none either."""
+
+    def by_loss(u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+        return u if k.loss is None else u * k.loss
+
+    params = zeros((2, 2), (2, 3), dtype=torch.float32)
+    opt = optimizer(params, chain(gain(), apply(by_loss)), lr=1.0, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for loss in (3.0, 0.5, None):
+        opt.step(None if loss is None else lambda loss=loss: torch.tensor(loss))
+    assert same([p.detach() for p in params], [torch.full_like(p, -2.0 * (3.0 + 0.5 + 1.0)) for p in params])
+
+
 def test_the_clock_counts_the_steps_of_a_rule_over_its_parameters() -> None:
     first, second = watching(), watching()
     params = zeros((2, 2), (2, 2), (2, 3))

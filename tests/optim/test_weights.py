@@ -13,7 +13,7 @@ from conformance.problems import draw, leaves, play, same
 from optim.toys import apply, heavy, optimizer
 from torch import Tensor
 
-from poise.optim import Context, Optimizer, Param, Slot, Transform, chain
+from poise.optim import AdamW, Context, Optimizer, Param, Slot, Transform, chain
 from poise.optim.transform import State
 
 BF16 = torch.bfloat16
@@ -200,3 +200,33 @@ def test_every_backend_writes_the_same_weights(weights: Any, backend: Any) -> No
     for a, b in zip(found, wanted, strict=True):
         assert float((a != b).double().mean()) < 0.002
         assert torch.allclose(a.float(), b.float(), rtol=2.0**-7, atol=1e-6)
+
+
+def _regression(weights: Any, lr: float, steps: int = 800) -> float:
+    """The last loss of a small network that learns a random teacher from fresh inputs, its gradients taken in float32."""
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(32, 64, generator=g) / 6, torch.randn(64, 8, generator=g) / 8
+    shapes = [(128, 32), (128,), (8, 128), (8,)]
+    start = [torch.randn(shape, generator=g) * (0.18 if len(shape) > 1 else 0.0) for shape in shapes]
+    params = leaves([w if weights == "float32" else w.to(torch.bfloat16) for w in start])
+    opt = AdamW(params, lr=lr, weight_decay=0.0, **({} if weights == "float32" else {"weights": weights}))
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, steps)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(128, 32, generator=g)
+        w = [p.detach().float().requires_grad_() for p in params]
+        out = torch.tanh(x @ w[0].T + w[1]) @ w[2].T + w[3]
+        loss = (out - torch.tanh(x @ first) @ second).square().mean()
+        for p, grad in zip(params, torch.autograd.grad(loss, w), strict=True):
+            p.grad = grad.to(p.dtype)
+        opt.step()
+        schedule.step()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / 50
+
+
+def test_bfloat16_weights_learn_as_float32_ones_unless_they_are_rounded_to_nearest() -> None:
+    exact = _regression("float32", 3e-3)
+    assert _regression("stochastic", 3e-3) == pytest.approx(exact, rel=0.03)
+    assert _regression("split", 3e-3) == pytest.approx(exact, rel=0.01)
+    assert _regression("nearest", 3e-3) > 1.2 * exact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,29 +12,16 @@ from torch import Tensor
 from poise.memory import codec as codecs
 
 from . import resume
-from .engine import kernels, shards
+from .engine import shards
 from .engine.engine import Engine, chain_of
 from .engine.layers import Layer, join
 from .engine.links import initial
-from .engine.members import Member, Weights
+from .engine.members import Member
+from .options import Options, by_tensor, check_options, check_rate, complete, rms_scale
 from .plan import Plan
-from .routing import Assigned, Group, Params, Route, assign, check_used, collect, everything
-from .transform import ROLES, Chain, Param, Transform, chain
-from .transforms.step import Decay, add_l2, decay, scale_by_lr
-
-State = str | codecs.Codec | Mapping[str, str | codecs.Codec]
-Backend = Literal["auto", "tiles", "inductor", "chunks", "eager"]
-
-
-class Options(TypedDict, total=False):
-    """Keyword options that every optimizer takes; see `Optimizer`."""
-
-    state: State
-    weights: Weights
-    scale: Literal["rms"] | None
-    decay_vectors: bool
-    seed: int
-    backend: Backend
+from .routing import Assigned, Params, Route, assign, check_used, collect, everything
+from .transform import Param, Transform
+from .transforms.step import Decay
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -236,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"feed({name}=...): no rule here reads {name!r}; wanted: {', '.join(sorted(wanted)) or 'nothing'}"
                 )
-            self._feeds[name] = _by_tensor(members, given, f"feed({name}=...)")
+            self._feeds[name] = by_tensor(members, given, f"feed({name}=...)")
 
     @torch.no_grad()
     def preview(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> dict[str, Tensor]:
@@ -246,7 +233,7 @@ class Optimizer(torch.optim.Optimizer):
         parameters that have no gradient.
         """
         engine = self._current()
-        given = None if grads is None else _by_tensor(engine.members, grads, "preview(grads)")
+        given = None if grads is None else by_tensor(engine.members, grads, "preview(grads)")
         before = self.snapshot(params=False)
         held = [m.tensor.grad for m in engine.members]
         captured: dict[Member, Tensor] = {}
@@ -265,29 +252,12 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def snapshot(self, state: bool = True, params: bool = True) -> dict[str, Any]:
         """A copy of weights and, with `state`, of everything the optimizer keeps, for `restore`."""
-        members = self._current().members
-        taken: dict[str, Any] = {"params": [m.local.clone() for m in members] if params else None, "state": None}
-        if state:
-            taken["state"] = [{key: shards.local(value).clone() for key, value in m.state.items()} for m in members]
-            taken["clocks"] = [group["clock"] for group in self.param_groups]
-        return taken
+        return resume.take(self._current().members, self.param_groups, state, params)
 
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Put back what `snapshot` copied, bit for bit."""
-        members = self._current().members
-        kept = snapshot["params"] if snapshot["params"] is not None else snapshot["state"]
-        if kept is not None and len(kept) != len(members):
-            raise ValueError(f"restore: the snapshot is of {len(kept)} parameters, this optimizer has {len(members)}")
-        for i, m in enumerate(members):
-            if snapshot["params"] is not None:
-                m.local.copy_(snapshot["params"][i])
-            if snapshot["state"] is not None:
-                for key, value in snapshot["state"][i].items():
-                    shards.local(m.state[key]).copy_(value)
-        if snapshot["state"] is not None:
-            for group, clock in zip(self.param_groups, snapshot["clocks"], strict=True):
-                group["clock"] = clock
+        resume.put_back(self._current().members, self.param_groups, snapshot)
 
     def plan(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> Plan:
         """Which parameter gets which rule and why, how its state is kept, and the RMS of its update at the current `lr`.
@@ -349,72 +319,6 @@ class Optimizer(torch.optim.Optimizer):
         self._engine, self._feeds = None, {}
 
 
-def complete(rule: Chain, mode: Decay) -> Chain:
-    """The whole chain of a rule: what the optimizer appends to it."""
-    if rule.owns_step:
-        return rule
-    if mode == "l2":
-        return chain(add_l2(), *rule.links, scale_by_lr())
-    return chain(*rule.links, scale_by_lr(), decay(mode))
-
-
-def rms_scale(rule: Chain, p: Param, name: str) -> float:
-    """The factor that gives a rule's update the RMS of AdamW's."""
-    known = [rms for link in rule if (rms := link.update_rms(p)) is not None]
-    if not known:
-        raise ValueError(
-            f"scale='rms': the update of rule {name!r} has the gradient's own size, so no fixed factor gives it another; "
-            "use a rule with a known size (Adam, Lion, Muon, ...) or leave scale out"
-        )
-    return 0.2 / known[-1] if known[-1] > 0 else 1.0
-
-
-def check_options(options: Options) -> None:
-    """Values that cannot work, said before anything is built."""
-    weights, scale, state = options.get("weights", "auto"), options.get("scale"), options.get("state", "fp32")
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights={weights!r}: must be one of {', '.join(map(repr, get_args(Weights)))}")
-    if scale not in (None, "rms"):
-        raise ValueError(f"scale={scale!r}: must be None or 'rms'")
-    if not isinstance(options.get("seed", 0), int):
-        raise TypeError(f"seed={options['seed']!r}: must be an integer")  # type: ignore[typeddict-item]
-    if isinstance(state, Mapping):
-        strange = set(state) - {*ROLES, "*"}
-        if strange:
-            raise ValueError(f"state: unknown role {min(strange)!r}; roles are {', '.join(ROLES)}, and '*' for the rest")
-
-
-def check_rate(name: str, value: float | Tensor) -> None:
-    """A number that is not negative, or ValueError."""
-    if not float(value) >= 0.0:
-        raise ValueError(f"{name}={float(value)}: must not be negative")
-
-
 def _name(rule: Transform) -> str:
     links = chain_of(rule).links
     return "+".join(type(link).__name__ for link in links)
-
-
-def _by_tensor(members: Sequence[Member], given: Mapping[Any, Tensor] | Sequence[Tensor], what: str) -> dict[int, Tensor]:
-    """Tensors by parameter identity, from a mapping by parameter or name, or a list in order."""
-    if not isinstance(given, Mapping):
-        values = list(given)
-        if len(values) != len(members):
-            raise ValueError(f"{what}: {len(values)} tensors for {len(members)} parameters")
-        given = {m.tensor: value for m, value in zip(members, values, strict=True)}
-    by_name = {m.spec.name: m for m in members}
-    found: dict[int, Tensor] = {}
-    for key, value in given.items():
-        if isinstance(key, str) and key not in by_name:
-            raise ValueError(f"{what}: no parameter is called {key!r}")
-        tensor = by_name[key].tensor if isinstance(key, str) else key
-        if value is not None:
-            found[id(tensor)] = value
-    for m in members:
-        value = found.get(id(m.tensor))
-        if value is not None and tuple(value.shape) != tuple(m.spec.shape):
-            raise ValueError(f"{what}: {m.spec.name!r} has shape {tuple(m.spec.shape)}, its tensor {tuple(value.shape)}")
-    return found
-
-
-__all__ = ["Backend", "Group", "Optimizer", "Options", "Plan", "kernels"]

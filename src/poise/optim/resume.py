@@ -105,3 +105,28 @@ def fit(m: Member) -> None:
             m.state[key] = value.to(device=shards.local(like).device, dtype=like.dtype)
     for key in [key for key in m.state if key not in wanted and key not in m.shared]:
         del m.state[key]
+
+
+def take(members: Sequence[Member], groups: Sequence[Mapping[str, Any]], state: bool, params: bool) -> dict[str, Any]:
+    """A copy of weights and of everything that is kept."""
+    taken: dict[str, Any] = {"params": [m.local.clone() for m in members] if params else None, "state": None}
+    if state:
+        taken["state"] = [{key: shards.local(value).clone() for key, value in m.state.items()} for m in members]
+        taken["clocks"] = [group["clock"] for group in groups]
+    return taken
+
+
+def put_back(members: Sequence[Member], groups: Sequence[dict[str, Any]], taken: Mapping[str, Any]) -> None:
+    """What `take` copied, bit for bit."""
+    kept = taken["params"] if taken["params"] is not None else taken["state"]
+    if kept is not None and len(kept) != len(members):
+        raise ValueError(f"restore: the snapshot is of {len(kept)} parameters, this optimizer has {len(members)}")
+    for i, m in enumerate(members):
+        if taken["params"] is not None:
+            m.local.copy_(taken["params"][i])
+        if taken["state"] is not None:
+            for key, value in taken["state"][i].items():
+                shards.local(m.state[key]).copy_(value)
+    if taken["state"] is not None:
+        for group, clock in zip(groups, taken["clocks"], strict=True):
+            group["clock"] = clock

@@ -16,8 +16,8 @@ The contract:
 - `u`, `x` (the parameter) and the state arrive in float32 (float64 for float64 parameters), whatever the formats they are kept
   in. A rule assigns new values to `state[...]`; it never writes into `u`, `x` or `k.grad`.
 - What `unit` says decides the shape it sees: "element" rules see any flat piece of a tensor and must treat every element alike;
-  "matrix" rules see `(..., rows, columns)`, one matrix or several equal ones at once; "tensor" rules see the whole parameter;
-  "layer" rules see a layer's weight and bias as one matrix `[W.reshape(out, -1) | b]`.
+  "matrix" rules see `(..., rows, columns)` with outputs as rows, one matrix or several equal ones at once; "tensor" rules see
+  the whole parameter; "layer" rules see a layer's weight and bias as one matrix `[W as (out, in * kernel) | b]`.
 - Everything that changes from step to step, learning rate and bias corrections included, comes through `scalars`, which is
   computed on the host in float64 and read as attributes of `k`: a Python number in `update` is baked into the compiled kernel.
 - `update` returns the new update. After the last link the engine adds it to the weights: descent directions are therefore
@@ -26,6 +26,7 @@ The contract:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -52,6 +53,18 @@ class Param:
     count: int = 1  # of this many
     splits: tuple[int, ...] = ()  # rows of each part of a fused projection (q, k, v stored as one), empty: not fused
     tied: bool = False  # used in more than one place
+    inputs_first: bool = False  # stored (in, out, ...): transposed convolutions, GPT-2's Conv1D, some stacked experts
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows (outputs) and columns (inputs, times a convolution's kernel) as a matrix rule sees them; of one expert."""
+        if self.role == "experts":
+            rows, columns = self.shape[-2:]
+        else:
+            rows, columns = self.shape[0], math.prod(self.shape[1:])
+        if not self.inputs_first:
+            return rows, columns
+        return (columns, rows) if self.role == "experts" else (self.shape[1], self.shape[0] * math.prod(self.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -208,7 +221,7 @@ class Context:
         total: what `reduce` returned. `own`: what `measure` returned for this very parameter.
         step: the parameter's step count, `clock`: the steps this rule has taken over all of its parameters. Both exist only
             where nothing is compiled (`refresh`, `reduce`, and rules of unit "matrix", "tensor", "layer").
-        loss: the loss, if the closure gave one.
+        loss: the loss, if the closure gave one, else None.
         param: the `Param` (not in "element" rules, whose kernels serve all; of a batch of equal matrices, the first's).
         inner: handles of the inner rules, each with `apply(v)` and `reset()`.
     """

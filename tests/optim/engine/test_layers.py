@@ -165,6 +165,28 @@ def test_refresh_and_measure_see_the_joint_matrix_too() -> None:
     assert distance(play(opt, params, rows[2:]), [w - a / totals[2] for w, a in zip(wanted, rows[2], strict=True)]) < 1e-13
 
 
+def test_a_layer_of_which_only_the_bias_has_a_gradient_is_refreshed_before_it_is_run() -> None:
+    class fresh(watching):
+        def slots(self, p: Param) -> dict[str, Slot]:
+            return {"held": Slot(tuple(p.shape))}
+
+        every = 1
+
+        def refresh(self, u: Tensor, state: State, x: Tensor, k: Context) -> None:
+            state["held"] = u + 0.0
+
+        def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+            assert torch.equal(state["held"], k.grad)
+            return state["held"]
+
+    model = network()
+    params = list(model.parameters())
+    before = [p.detach().clone() for p in params]
+    grads: list[Any] = gradients(model)
+    found = play(optimizer(model, fresh(), lr=1.0), params, [[None, *grads[1:]]])
+    assert same(found[:2], [before[0], before[1] - grads[1]])
+
+
 def test_inner_rules_of_a_layer_rule_see_the_joint_matrix_and_keep_their_state_once() -> None:
     class driving(apply_layer):
         def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
@@ -245,9 +267,10 @@ def test_a_bias_of_another_length_is_a_layer_of_its_own() -> None:
 def test_taking_a_joint_matrix_apart_undoes_joining(lead: tuple[int, ...], follow: tuple[int, ...] | None) -> None:
     shapes = [lead] if follow is None else [lead, follow]
     tensors, _ = draw(shapes, 0)
-    matrix = joined(tensors[0], tensors[1] if follow is not None else None)
+    p = Param("fc.weight", torch.Size(lead), torch.float32)
+    matrix = joined(tensors[0], p, tensors[1] if follow is not None else None)
     assert matrix.ndim == 2
-    found = parted(matrix, torch.Size(lead), None if follow is None else torch.Size(follow))
+    found = parted(matrix, p, None if follow is None else torch.Size(follow))
     assert torch.equal(found[0], tensors[0])
     assert found[1] is None if follow is None else torch.equal(found[1], tensors[1])  # pyright: ignore[reportArgumentType]
 

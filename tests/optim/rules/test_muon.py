@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.problems import Grads, distance, draw, leaves, play, same
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.optim import Muon
 from poise.optim.transforms.spectral import ScaleRule
@@ -202,6 +202,56 @@ def test_the_scale_of_a_convolution_is_that_of_its_matrix_of_filters() -> None:
     (weight,), _ = draw([(256, 4, 3, 3)], 0)
     ratio = orthogonal_update(weight, scale_rule="original") / orthogonal_update(weight, scale_rule="none")
     assert distance([ratio], [torch.full_like(ratio, math.sqrt(256 / 36))]) < 1e-9
+
+
+class Conv1D(nn.Module):
+    """y = x W + b, as GPT-2 of transformers has it: weight (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.zeros(nx, nf, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+def test_what_is_stored_inputs_first_moves_as_its_transpose_does(state: str) -> None:
+    """The scale sqrt(max(1, outputs / inputs)) is 2 for 128 outputs of 32 inputs, whichever comes first in memory."""
+    (start,), grads = draw([(128, 32)], 3)
+    linear, turned = nn.Linear(32, 128, bias=False, dtype=torch.float64), Conv1D(128, 32)
+    with torch.no_grad():
+        linear.weight.copy_(start)
+        turned.weight.copy_(start.T)
+    models = [nn.Sequential(one, nn.Linear(128, 3, dtype=torch.float64)) for one in (linear, turned)]
+    found = []
+    for model, flip in zip(models, (False, True), strict=True):
+        opt = Muon(model, momentum=0.0 if state != "fp32" else 0.95, backend="eager", state=state)
+        weight = model[0].weight
+        assert isinstance(weight, nn.Parameter)
+        for row in grads:
+            (grad,) = row
+            assert grad is not None
+            weight.grad = grad.T.contiguous() if flip else grad.clone()
+            opt.step()
+        found.append(weight.detach().T if flip else weight.detach())
+    assert distance(found[:1], found[1:]) < 1e-12
+    assert distance(found[:1], [start]) > 0.01
+
+
+def test_a_transposed_convolution_is_scaled_by_its_outputs() -> None:
+    """Stored (in, out, kernel): 4 x 64 x 3 x 3 is 64 x 36."""
+    layer = nn.ConvTranspose2d(4, 64, 3, bias=False, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, dtype=torch.float64), layer)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Muon(model, lr=1.0, method="svd", scale_rule="original").step()
+    moved = (before - layer.weight.detach()).transpose(0, 1).reshape(64, 36)
+    assert torch.linalg.svdvals(moved).sub(math.sqrt(64 / 36)).abs().max().item() < 1e-10
+
+
+def test_without_momentum_it_orthogonalizes_the_gradient_as_torch_does_too() -> None:
+    (start,), grads = draw([(12, 8)], 2)
+    a, b = leaves([start]), leaves([start])
+    assert distance(play(muon(a, momentum=0.0), a, grads), play(muon(b, momentum=0.0, nesterov=False), b, grads)) == 0.0
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

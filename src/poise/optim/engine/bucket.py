@@ -19,7 +19,7 @@ from . import kernels, shards
 from .flat import Flat, Mode
 from .links import Bound
 from .members import LOW, Member
-from .program import Program, reads_own
+from .program import Program, reads_loss, reads_own
 from .tiled import Tiled
 from .whole import Whole, measure_whole, measures
 
@@ -112,7 +112,7 @@ class Bucket:
         self.runners: dict[Any, Tiled | Flat] = {}
         self.whole = {s.positions: Whole(s.positions) for s in self.segments if not s.element}
         self.scratch: dict[str, Tensor] = {}
-        self.own_readers: dict[str, bool] = {}
+        self.readers: dict[tuple[str, Any], bool] = {}  # what was found out of a link, by its prefix
 
     # -- one stretch --------------------------------------------------------------------------------------------------
 
@@ -173,8 +173,13 @@ class Bucket:
         own_here = {
             prefix: found
             for prefix, found in p.own.items()
-            if prefix in prefixes and self._reads_own(prefix, found[0], p.rows[0], by_prefix.get(prefix, {}))
+            if prefix in prefixes and self._reads(reads_own, prefix, found[0], p.rows[0], by_prefix.get(prefix, {}))
         }
+        if loss is not None:
+            for prefix in prefixes:
+                names = p.own[prefix][0] if prefix in p.own else ()
+                if self._reads(reads_loss, prefix, names, p.rows[0], by_prefix.get(prefix, {})):
+                    totals_here["loss"] = float(loss)
         ends = p.segment == len(self.segments) and not dry
         if not ends and (segment.positions[0] == 0 or not p.us):
             p.us = self._temporaries(p.members)
@@ -183,12 +188,14 @@ class Bucket:
             assert capture is not None
             capture.update({m: u.reshape(m.rank_shape).clone() for m, u in zip(p.members, p.us, strict=True)})
 
-    def _reads_own(self, prefix: str, names: tuple[str, ...], row: Mapping[str, Any], total: Mapping[str, Any]) -> bool:
-        """Whether a link's update looks at what was measured of its very parameter: else all may share one row."""
-        if prefix not in self.own_readers:
+    def _reads(
+        self, question: Any, prefix: str, names: tuple[str, ...], row: Mapping[str, Any], total: Mapping[str, Any]
+    ) -> bool:
+        """Whether a link's update looks at `k.own` (else all may share one row) or at `k.loss`, asked once."""
+        if (prefix, question) not in self.readers:
             bound = next(b for b in self.bound if b.prefix == prefix)
-            self.own_readers[prefix] = reads_own(bound, names, self.feeds, row, total)
-        return self.own_readers[prefix]
+            self.readers[prefix, question] = question(bound, names, self.feeds, row, total)
+        return self.readers[prefix, question]
 
     def _table(
         self,

@@ -1,11 +1,10 @@
-"""Layers: a weight and its bias as one matrix `[W.reshape(out, -1) | b]`, for rules of unit "layer".
+"""Layers: a weight and its bias as one matrix `[W as (out, in * kernel) | b]`, for rules of unit "layer".
 
 The weight leads: the state of the joint matrix is kept with it. A vector without a weight is a layer of one column.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..transform import Param
+from .views import stored_as, view_of
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def join(described: Sequence[Param]) -> dict[str, Layer]:
         if len(p.shape) < 2:
             continue
         bias = biases.get(p.layer) if p.layer is not None else None
-        if bias is not None and (tuple(bias.shape) != tuple(p.shape[:1]) or bias.name in layers):
+        rows, columns = _one(p).matrix
+        if bias is not None and (tuple(bias.shape) != (rows,) or bias.name in layers):
             bias = None
-        columns = math.prod(p.shape[1:]) + (bias is not None)
-        joint = replace(p, shape=torch.Size((p.shape[0], columns)))
+        joint = replace(p, shape=torch.Size((rows, columns + (bias is not None))), inputs_first=False)
         layers[p.name] = Layer(joint, True, bias.name if bias else None)
         if bias is not None:
             layers[bias.name] = Layer(joint, False, p.name)
@@ -45,14 +45,19 @@ def join(described: Sequence[Param]) -> dict[str, Layer]:
     return layers
 
 
-def joined(lead: Tensor, follow: Tensor | None) -> Tensor:
-    """The joint matrix."""
-    matrix = lead.reshape(lead.shape[0], -1) if lead.ndim > 1 else lead.reshape(-1, 1)
+def joined(lead: Tensor, p: Param, follow: Tensor | None) -> Tensor:
+    """The joint matrix of a weight, described by `p`, and its bias."""
+    matrix = view_of("matrix", _one(p), lead) if lead.ndim > 1 else lead.reshape(-1, 1)
     return matrix if follow is None else torch.cat([matrix, follow.reshape(-1, 1)], dim=1)
 
 
-def parted(matrix: Tensor, lead: torch.Size, follow: torch.Size | None) -> tuple[Tensor, Tensor | None]:
+def parted(matrix: Tensor, p: Param, follow: torch.Size | None) -> tuple[Tensor, Tensor | None]:
     """The two parameters' parts of a joint matrix."""
     if follow is None:
-        return matrix.reshape(lead), None
-    return matrix[:, :-1].reshape(lead), matrix[:, -1].reshape(follow)
+        return stored_as("matrix", _one(p), matrix, p.shape), None
+    return stored_as("matrix", _one(p), matrix[:, :-1], p.shape), matrix[:, -1].reshape(follow)
+
+
+def _one(p: Param) -> Param:
+    """A layer is one matrix, a stack of experts too."""
+    return replace(p, role="matrix", inputs_first=False) if p.role == "experts" else p

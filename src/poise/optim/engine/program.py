@@ -13,6 +13,8 @@ from poise.memory.rounding import noise_bits
 
 from .links import Bound, Env, call_update, settled
 
+Row = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Program:
@@ -42,6 +44,7 @@ class Program:
             row = dict(zip(self.names, tensors["row"].unbind(0), strict=True)) if self.names else {}
         totals: dict[str, dict[str, Any]] = {}
         own: dict[str, dict[str, Any]] = {}
+        known = {"loss": row["loss"]} if "loss" in row else {}
         for name, value in row.items():
             for mark, found in (("total:", totals), ("own:", own)):
                 if name.startswith(mark):
@@ -55,7 +58,7 @@ class Program:
 
         states = {key: tensors[key] for key in self.keys}
         feeds = {name: tensors[f"feed:{name}"] for name in self.feeds}
-        return Env(tensors["g"], x, states, row, set(), totals, own, feeds, bits)
+        return Env(tensors["g"], x, states, row, set(), totals, own, feeds, bits, known)
 
     def __call__(
         self, tensors: Mapping[str, Tensor], row: Mapping[str, Any] | None = None, index: Tensor | None = None
@@ -126,14 +129,30 @@ class _Watched(Mapping[str, Any]):
         return len(self.values_)
 
 
-def reads_own(
-    bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Mapping[str, Any], total: Mapping[str, Any]
-) -> bool:
+def reads_own(bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Row, total: Row) -> bool:
     """Whether a link's update uses `k.own`, found by running it once on two elements."""
-    states = {key: torch.ones(2) for key in Program((bound,), True, False, ()).keys}
-    fed = {name: torch.ones(2) for name in feeds}
     own = _Watched({name: torch.ones(()) for name in names})
-    env = Env(torch.ones(2), torch.ones(2), states, row, totals={bound.prefix: total}, own={bound.prefix: own}, feeds=fed)
-    env.bits = lambda salt: torch.zeros(2, dtype=torch.int32)
+    env = _trial(bound, feeds, row, total, own)
     call_update(bound, torch.ones(2), env)
     return own.seen
+
+
+def reads_loss(bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Row, total: Row) -> bool:
+    """Whether a link's update uses `k.loss`: whether one that is not a number reaches its results."""
+
+    def spoiled(loss: float) -> bool:
+        env = _trial(bound, feeds, row, total, {name: torch.ones(()) for name in names})
+        env.known = {"loss": torch.tensor(loss)}
+        results = [call_update(bound, torch.ones(2), env), *(env.states[key] for key in env.written)]
+        return any(bool(t.isnan().any()) for t in results)
+
+    return not spoiled(1.0) and spoiled(float("nan"))
+
+
+def _trial(bound: Bound, feeds: Sequence[str], row: Row, total: Row, own: Row) -> Env:
+    """Two elements to run a link on."""
+    states = {key: torch.ones(2) for key in Program((bound,), True, False, ()).keys}
+    fed = {name: torch.ones(2) for name in feeds}
+    env = Env(torch.ones(2), torch.ones(2), states, row, totals={bound.prefix: total}, own={bound.prefix: own}, feeds=fed)
+    env.bits = lambda salt: torch.zeros(2, dtype=torch.int32)
+    return env

@@ -26,6 +26,7 @@ struct Arg {
   int64_t block;    // elements per block (1: elementwise; 0: does not move with the tile)
   int64_t bytes;    // bytes stored per block
   int64_t entry;    // bytes of one stored entry
+  int64_t entries;  // stored per block
 };
 
 struct Op {
@@ -39,20 +40,42 @@ struct Tile {
   int64_t tensor, offset, length, index;  // index: global element index of its first element
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// A tile in blocks of one size. Divisions cost more than anything else here, so they are made once for each size.
+struct Cut {
+  int64_t block = 0;
+  int64_t units;               // blocks of the tile, the last one perhaps short
+  int64_t full, rest;          // whole blocks, and elements behind them
+  int64_t rows_before, before; // whole rows before it, and whole blocks before it in its row
+  int64_t row_full, row_rest;  // the same of a row
+  bool ragged;
 
-// Bytes that `elements` of a row take: the last block stores at most as many entries as it has elements.
-int64_t stored(const Arg& arg, int64_t elements) {
-  const int64_t entries = arg.bytes / arg.entry, full = elements / arg.block, rest = elements % arg.block;
-  return full * arg.bytes + (rest < entries ? rest : entries) * arg.entry;
+  void of(const Tile& tile, int64_t row, int64_t size) {
+    block = size;
+    full = tile.length / size;
+    rest = tile.length - full * size;
+    ragged = rest != 0;
+    units = full + ragged;
+    rows_before = tile.offset / row;
+    before = (tile.offset - rows_before * row) / size;
+    row_full = row / size;
+    row_rest = row - row_full * size;
+  }
+};
+
+// Bytes of whole blocks and of a short one, which stores at most as many entries as it has elements.
+int64_t stored(const Arg& arg, int64_t full, int64_t rest) {
+  return full * arg.bytes + (rest < arg.entries ? rest : arg.entries) * arg.entry;
 }
 
 struct Scratch {
   std::vector<char> memory;
+  std::vector<char*> pointers;
+  std::vector<char*> homes;    // where a padded copy belongs; null: worked on in place
   char* base = nullptr;
-  void reserve(int64_t bytes) {
+  void reserve(int64_t bytes, int64_t arguments) {
     if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
     base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    if (static_cast<int64_t>(pointers.size()) < arguments) pointers.resize(arguments), homes.resize(arguments);
   }
 };
 thread_local Scratch scratch;
@@ -72,52 +95,48 @@ extern "C" void poise_launch(const Op* ops, int64_t op_count, const Arg* args, c
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (int64_t t = 0; t < tile_count; ++t) {
     const Tile& tile = tiles[t];
-    scratch.reserve(scratch_count * scratch_bytes + widest * stage_bytes);
-    char* stage = scratch.base + scratch_count * scratch_bytes;
-    const int64_t row = rows[tile.tensor];
+    Scratch& own = scratch;
+    own.reserve(scratch_count * scratch_bytes + widest * stage_bytes, widest);
+    char* const stage = own.base + scratch_count * scratch_bytes;
+    char** const pointers = own.pointers.data();
+    char** const homes = own.homes.data();
+    const int64_t* const entries = table + tile.tensor * columns;
     int32_t noise[2] = {keys[tile.tensor] + static_cast<int32_t>(tile.index >> 32) * 0x27D4EB2F, static_cast<int32_t>(tile.index)};
-    std::vector<char*> pointers(widest);
-    std::vector<int64_t> valid(widest);
+    Cut cut;
 
     for (int64_t o = 0; o < op_count; ++o) {
       const Op& op = ops[o];
-      const int64_t units = ceil_div(tile.length, op.block);
-      const bool ragged = units * op.block != tile.length;
+      if (cut.block != op.block) cut.of(tile, rows[tile.tensor], op.block);
       for (int64_t a = 0; a < op.count; ++a) {
         const Arg& arg = args[op.first + a];
         char*& pointer = pointers[a];
-        valid[a] = 0;
+        homes[a] = nullptr;
         if (arg.source == SCRATCH) {
-          pointer = scratch.base + arg.index * scratch_bytes;
-          if (ragged) std::memset(pointer + tile.length * arg.bytes, 0, (units * op.block - tile.length) * arg.bytes);
+          pointer = own.base + arg.index * scratch_bytes;
+          if (cut.ragged) std::memset(pointer + tile.length * arg.bytes, 0, (cut.units * op.block - tile.length) * arg.bytes);
         } else if (arg.source == NOISE) {
           pointer = reinterpret_cast<char*>(noise);
         } else if (arg.source == PARTIAL) {
           pointer = partial + t * partial_bytes + arg.index;
         } else {
-          pointer = reinterpret_cast<char*>(table[tile.tensor * columns + arg.index]);
+          pointer = reinterpret_cast<char*>(entries[arg.index]);
           if (arg.block == 1) {
             pointer += tile.offset * arg.bytes;
-          } else if (arg.block > 1) {
-            pointer += tile.offset / row * stored(arg, row) + tile.offset % row / arg.block * arg.bytes;
-            const int64_t padded = units * arg.bytes, have = stored(arg, tile.length);
-            if (ragged && have != padded) {  // work on a padded copy
-              std::memset(stage + a * stage_bytes, 0, padded);
-              std::memcpy(stage + a * stage_bytes, pointer, have);
-              valid[a] = have;
+          } else if (arg.block > 1) {  // the op's own block
+            pointer += cut.rows_before * stored(arg, cut.row_full, cut.row_rest) + cut.before * arg.bytes;
+            const int64_t padded = cut.units * arg.bytes, have = stored(arg, cut.full, cut.rest);
+            if (have != padded) {  // work on a padded copy
+              homes[a] = pointer;
               pointer = stage + a * stage_bytes;
+              std::memset(pointer, 0, padded);
+              std::memcpy(pointer, homes[a], have);
             }
           }
         }
       }
-      op.run(pointers.data(), units);
+      op.run(pointers, cut.units);
       for (int64_t a = 0; a < op.count; ++a) {
-        if (valid[a] > 0) {
-          const Arg& arg = args[op.first + a];
-          char* home = reinterpret_cast<char*>(table[tile.tensor * columns + arg.index]) + tile.offset / row * stored(arg, row) +
-                       tile.offset % row / arg.block * arg.bytes;
-          std::memcpy(home, pointers[a], valid[a]);
-        }
+        if (homes[a] != nullptr) std::memcpy(homes[a], pointers[a], stored(args[op.first + a], cut.full, cut.rest));
       }
     }
   }

@@ -86,7 +86,9 @@ class Launch:
         self.partial = np.zeros((len(self.tiles), max(partial, 1)), dtype=np.uint8)
         self.partial_bytes = partial
         flat = [operand for step in steps for operand in step.operands]
-        self.args = np.array([[SOURCES[o.source], o.index, o.block, o.bytes, o.entry] for o in flat], dtype=np.int64)
+        self.args = np.array(
+            [[SOURCES[o.source], o.index, o.block, o.bytes, o.entry, o.bytes // o.entry] for o in flat], dtype=np.int64
+        )
         first, ops = 0, []
         for step in steps:
             ops.append([step.kernel.address, step.block, first, len(step.operands)])

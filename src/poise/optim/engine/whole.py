@@ -5,7 +5,6 @@ A sharded parameter is gathered first, on every rank; what comes out, and the st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,24 +13,12 @@ from torch import Tensor
 
 from poise.memory.rounding import noise_bits
 
-from ..transform import Param, Transform
+from ..transform import Transform
 from . import shards
 from .layers import joined, parted
 from .links import Bound, Env, call_update, settled
 from .members import LOW, Member, state_draw, wrap
-
-
-def view_of(unit: str, p: Param, t: Tensor) -> Tensor:
-    """A whole tensor (behind any batch dimension) as a link of this unit sees it.
-
-    A matrix rule sees a convolution as (out, in * kernel) and stacked experts as that many matrices.
-    """
-    if unit != "matrix" or len(p.shape) == 2:
-        return t
-    if p.role == "experts":
-        return t
-    batch = t.shape[: t.ndim - len(p.shape)]
-    return t.reshape(*batch, p.shape[0], math.prod(p.shape[1:]))
+from .views import stored_as, view_of
 
 
 class Whole:
@@ -76,7 +63,7 @@ class Whole:
         batches: dict[Any, list[int]] = {}
         for i, member in enumerate(members):
             p = member.spec
-            batches.setdefault((p.shape, p.role == "experts", p.splits, p.heads, which[i]), []).append(i)
+            batches.setdefault((p.shape, p.role == "experts", p.inputs_first, p.splits, p.heads, which[i]), []).append(i)
         return list(batches.values())
 
     def _batch(
@@ -123,7 +110,7 @@ class Whole:
         feeds = {name: seen("layer", lead, {m: mine[name] for m, mine in fed.items()}) for name in names}
         known = {**facts(at[next(iter(fed))]), "feeds": feeds}
         u = self._links(lead, u, g, x, row, noise([lead], [step]), step, known, True)
-        mine, theirs = parted(u, lead.spec.shape, None if follow is None else follow.spec.shape)
+        mine, theirs = parted(u, lead.spec, None if follow is None else follow.spec.shape)
         outputs = {lead: shards.scatter(lead.tensor, mine).contiguous()}
         if follow is not None and theirs is not None:
             outputs[follow] = shards.scatter(follow.tensor, theirs).contiguous()
@@ -151,7 +138,7 @@ class Whole:
             env.bits = lambda salt, like=env.x: bits(salt, like)
             env.known = {**env.known, "param": bound.param, "step": step}
             env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
-            u = call_update(bound, view_of(unit, member.spec, u), env).reshape(u.shape)
+            u = stored_as(unit, member.spec, call_update(bound, view_of(unit, member.spec, u), env), u.shape)
         keep_states(member, settled({key: states[key] for key in written}, [u, grad, x, *before]), step)
         return u
 
@@ -205,15 +192,16 @@ def whole_state(member: Member, bound: Bound) -> dict[str, Tensor]:
 
 def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None:
     """Write whole slots back to where they are kept."""
+    units = {key: b.link.unit for b in member.bound for key in b.state_keys()}
     for position, (key, store) in enumerate(member.stores.items()):
         if key in states:
-            whole = states[key].reshape(store.slot.shape)
+            same = tuple(store.slot.shape) == tuple(member.spec.shape)
+            whole = stored_as(units[key] if same else "tensor", member.spec, states[key], store.slot.shape)
             value = shards.scatter_as(member.tensor, whole, store.slot.shape, member.dims[key])
             stochastic = store.codec is not None and store.codec.stochastic
             bits = None
             if stochastic:
                 salt, half = state_draw(position)
-                same = tuple(store.slot.shape) == tuple(member.spec.shape)
                 bits = half(member.bits(step, salt) if same else plain_bits(member, step, salt, value.numel()))
             store.write(member.state, value.reshape(store.shape), bits)
 
@@ -270,7 +258,7 @@ def seen(unit: str, member: Member, values: Mapping[Member, Tensor] | None) -> T
         return shards.gather(m.tensor, values[m].to(m.format.compute))
 
     if unit == "layer":
-        return joined(whole(member), None if member.partner is None else whole(member.partner))
+        return joined(whole(member), member.spec, None if member.partner is None else whole(member.partner))
     return view_of(unit, member.spec, whole(member))
 
 

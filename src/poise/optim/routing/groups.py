@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..transform import Param
-from .roles import Found, from_module, from_name, output_heads
+from .roles import Found, ends, from_module, from_name
 from .sources import Contents, Params, Source, sources
 from .tree import clean_all
 
@@ -64,18 +64,18 @@ def collect(params: Params, *, known: Sequence[Group] = ()) -> list[Group]:
     """
     groups = list(known)
     given = sources(params)
-    heads = output_heads([source.contents for source in given if isinstance(source.contents, nn.Module)])
+    at_ends = ends([source.contents for source in given if isinstance(source.contents, nn.Module)])
     for source in given:
-        groups.append(_group(source, heads, groups))
+        groups.append(_group(source, at_ends, groups))
     new = groups[len(known) :]
     if not any(group.tensors for group in new):
         raise ValueError("params is empty: there is no parameter to optimize")
     return new
 
 
-def _group(source: Source, heads: Collection[nn.Module], earlier: Sequence[Group]) -> Group:
+def _group(source: Source, at_ends: Mapping[nn.Module, str], earlier: Sequence[Group]) -> Group:
     number = len(earlier)
-    entries = _entries(source.contents, heads, number)
+    entries = _entries(source.contents, at_ends, number)
     named = not entries or entries[0].name is not None
     before = sum(len(group.tensors) for group in earlier)
     names = clean_all(f"param_{before + i}" if entry.name is None else entry.name for i, entry in enumerate(entries))
@@ -108,25 +108,26 @@ def _group(source: Source, heads: Collection[nn.Module], earlier: Sequence[Group
                 count=len(entries),
                 splits=found.splits,
                 tied=len(entry.found) > 1,
+                inputs_first=found.inputs_first,
             )
         )
     return Group([entry.tensor for entry in entries], described, source.options, named)
 
 
-def _entries(contents: Contents, heads: Collection[nn.Module], number: int) -> list[_Entry]:
+def _entries(contents: Contents, at_ends: Mapping[nn.Module, str], number: int) -> list[_Entry]:
     """The tensors of one group in the order given, each once."""
     entries: dict[int, _Entry] = {}
     called: dict[str, Tensor] = {}
-    for name, tensor, found in _places(contents, heads):
+    for name, tensor, found in _places(contents, at_ends):
         if name is not None and called.setdefault(name, tensor) is not tensor:
             raise ValueError(f"params: two different tensors of group {number} are called {name!r}")
         entries.setdefault(id(tensor), _Entry(tensor, name, [])).found.append(found)
     return list(entries.values())
 
 
-def _places(contents: Contents, heads: Collection[nn.Module]) -> Iterator[tuple[str | None, Tensor, Found]]:
+def _places(contents: Contents, at_ends: Mapping[nn.Module, str]) -> Iterator[tuple[str | None, Tensor, Found]]:
     if isinstance(contents, nn.Module):
-        for name, tensor, found in from_module(contents, heads):
+        for name, tensor, found in from_module(contents, at_ends):
             if tensor.is_floating_point() or tensor.is_complex():
                 yield name, tensor, found
         return

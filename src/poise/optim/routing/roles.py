@@ -7,13 +7,13 @@ There is no list of architectures here. Where a guess is needed it errs towards 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .tree import Attention, Node, attention, clean, in_block, walk
@@ -25,6 +25,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 _HEAD = re.compile(r"(\w+_)?heads?(_\w+)?|classifier|(\w+_)?(unembed|logits)(ding)?s?|embed_out", re.IGNORECASE)
 _LAST = re.compile(r"fc_?\d*|output(_\w+)?|out|score|decoder|final(_\w+)?|last(_\w+)?|predictions?", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|(^|[._])(wte|wpe|(\w+_)?(emb|table)(_\w+)?)([._]|$)", re.IGNORECASE)
+_DOWN = re.compile(r"(^|_)(down|w2|wo|output)(_|$)", re.IGNORECASE)  # of experts: the projection back to the model's width
 _LOGARITHM = re.compile(r"(^|_)log(_|$)", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 # Projections that keep query, key and value one below the other. `query_key_value` is missing on purpose: under that name,
@@ -38,10 +39,11 @@ class Found(NamedTuple):
     role: str
     heads: int | None = None
     splits: tuple[int, ...] = ()
+    inputs_first: bool = False
 
 
-def from_module(model: nn.Module, heads: Collection[nn.Module]) -> Iterator[tuple[str, Tensor, Found]]:
-    """Every parameter at every place, as (torch's name, tensor, what it is); `heads` comes from `output_heads`."""
+def from_module(model: nn.Module, at_ends: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor, Found]]:
+    """Every parameter at every place, as (torch's name, tensor, what it is); `at_ends` comes from `ends`."""
     for node in walk(model):
         owner, attribute = _parametrized(node)
         for own, tensor in node.module._parameters.items():
@@ -51,9 +53,9 @@ def from_module(model: nn.Module, heads: Collection[nn.Module]) -> Iterator[tupl
             if torch.nn.parameter.is_lazy(tensor):
                 yield path, tensor, Found("matrix")  # without a shape there is no role: collect() refuses it
             elif attribute is None:
-                yield path, tensor, _found(node, own, tensor.shape, heads)
+                yield path, tensor, _found(node, own, tensor.shape, at_ends)
             elif sum(size > 1 for size in tensor.shape) > 1:
-                yield path, tensor, _found(owner, attribute, tensor.shape, heads)
+                yield path, tensor, _found(owner, attribute, tensor.shape, at_ends)
             else:  # a part of a weight without two dimensions of its own: the magnitude that weight_norm takes apart
                 yield path, tensor, Found("vector" if tensor.ndim else "scalar")
 
@@ -70,6 +72,23 @@ def from_name(name: str, shape: torch.Size) -> Found:
         return Found("head")
     role = _by_shape(name, own, shape, stacked=False)
     return Found(role, splits=_splits(label, shape, None) if role == "matrix" else ())
+
+
+def ends(models: Sequence[nn.Module]) -> dict[nn.Module, str]:
+    """The layers at either end of the models, with their roles: "embedding" for those that read the data, else "head".
+
+    Beside nn.Embedding, the first convolution registered reads the data if it stands outside the repeated blocks and its input
+    is as wide as no layer's output: three colours, one for each microphone.
+    """
+    found = dict.fromkeys(output_heads(models), "head")
+    for model in models:
+        nodes = list(walk(model))
+        first = next((node for node in nodes if isinstance(node.module, _ConvNd)), None)
+        if first is not None and not in_block(first):
+            made = {width for node in nodes for width in _makes(node.module)}
+            if first.module.in_channels not in made:
+                found[first.module] = "embedding"
+    return found
 
 
 def output_heads(models: Sequence[nn.Module]) -> set[nn.Module]:
@@ -97,18 +116,37 @@ def output_heads(models: Sequence[nn.Module]) -> set[nn.Module]:
     return found
 
 
-def _found(node: Node, own: str, shape: torch.Size, heads: Collection[nn.Module]) -> Found:
+def _found(node: Node, own: str, shape: torch.Size, at_ends: Mapping[nn.Module, str]) -> Found:
     """What the parameter `own` of the module at `node` is."""
-    role = _role(node, own, shape, heads)
-    if role not in ("matrix", "bias") or node.module in heads:
-        return Found(role)
+    role = _role(node, own, shape, at_ends)
+    turned = _inputs_first(node.module, own, shape, role)
+    if role not in ("matrix", "bias") or at_ends.get(node.module) == "head":
+        return Found(role, inputs_first=turned)
     belongs = attention(node)
     label = node.name if own == "weight" else own
+    shape = shape[::-1] if turned else shape
     splits = _splits(label, shape, belongs) if role == "matrix" else ()
-    return Found(role, _heads_of(shape, belongs), splits)
+    return Found(role, _heads_of(shape, belongs), splits, turned)
 
 
-def _role(node: Node, own: str, shape: torch.Size, heads: Collection[nn.Module]) -> str:
+def _inputs_first(module: nn.Module, own: str, shape: torch.Size, role: str) -> bool:
+    """Whether a weight is stored (in, out, ...) instead of (out, in, ...).
+
+    Of stacked experts the width that the module itself names decides: what is made from it has it as its inputs.
+    """
+    if role == "conv":
+        return isinstance(module, _ConvTransposeNd)
+    if role in ("matrix", "head") and len(shape) == 2:  # Conv1D of transformers: y = x W + b
+        return getattr(module, "nf", None) == shape[1] and not _is_linear(module)
+    if role != "experts" or len(shape) != 3:
+        return False
+    width = next((w for name in ("hidden_size", "hidden_dim") if isinstance(w := getattr(module, name, None), int)), None)
+    if width is None or shape[1] == shape[2]:
+        return bool(getattr(module, "is_transposed", False))
+    return (shape[2] if _DOWN.search(own) else shape[1]) == width
+
+
+def _role(node: Node, own: str, shape: torch.Size, at_ends: Mapping[nn.Module, str]) -> str:
     module = node.module
     if isinstance(module, _NORMS) or ("norm" in type(module).__name__.lower() and sum(size > 1 for size in shape) < 2):
         return "norm" if shape else "scalar"
@@ -116,9 +154,9 @@ def _role(node: Node, own: str, shape: torch.Size, heads: Collection[nn.Module])
         if _is_embedding(module) and len(shape) == 2:
             return "embedding"
         if _is_linear(module) and len(shape) == 2:
-            return "head" if module in heads else "matrix"
+            return at_ends.get(module, "matrix")
         if isinstance(module, _ConvNd) and len(shape) > 2:
-            return "conv"
+            return at_ends.get(module, "conv")
     if len(shape) == 2 and _HEAD.fullmatch(own) and not in_block(node):  # an output without a layer of its own
         return "head"
     expert = bool(_EXPERT.search(clean(f"{node.path}.{own}")) or _EXPERT.search(type(module).__name__))
@@ -191,6 +229,14 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _is_bias(own: str) -> bool:
     return own.startswith("bias") or own.endswith("bias")  # `bias`, `in_proj_bias`, but also `bias_ih_l0` and `bias_k`
+
+
+def _makes(module: nn.Module) -> Iterator[int]:
+    """The widths of what a layer hands on."""
+    for name in ("out_features", "out_channels", "embedding_dim"):
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            yield width
 
 
 def _reads(module: nn.Module) -> Iterator[int]:

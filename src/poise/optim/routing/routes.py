@@ -150,7 +150,7 @@ def hidden_matrices(p: Param) -> str | None:
         raise ValueError(f"params: {p.name!r} is not a matrix any more: {_FLATTENED}")
     if p.role not in ("matrix", "conv", "experts") or len(p.shape) < 2:
         return None
-    rows, columns = p.shape[-2:] if p.role == "experts" else (p.shape[0], prod(p.shape[1:]))
+    rows, columns = p.matrix
     if min(rows, columns) < 2:
         return None
     if p.role == "experts":

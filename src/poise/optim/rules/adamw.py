@@ -8,7 +8,8 @@ from torch import Tensor
 
 from poise.catalog import Paper, choice, log_uniform, method
 
-from ..optimizer import Optimizer, Options
+from ..optimizer import Optimizer
+from ..options import Options
 from ..routing import Params
 from ..transforms.adaptive import adam
 from ..transforms.step import Decay

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from poise.catalog import Paper, log_uniform, method
 
-from ..optimizer import Optimizer, Options
+from ..optimizer import Optimizer
+from ..options import Options
 from ..routing import Params
 from ..transform import Context, Param, Slot, State, Transform
 from ..transforms.adaptive import check_betas

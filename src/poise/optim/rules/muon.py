@@ -8,7 +8,8 @@ from torch import Tensor
 
 from poise.catalog import Paper, log_uniform, method
 
-from ..optimizer import Optimizer, Options, check_rate
+from ..optimizer import Optimizer
+from ..options import Options, check_rate
 from ..routing import Params, Route, everything, hidden_matrices
 from ..transform import chain
 from ..transforms.adaptive import adam

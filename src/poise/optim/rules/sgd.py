@@ -8,7 +8,8 @@ from torch import Tensor
 
 from poise.catalog import Paper, log_uniform, method, uniform
 
-from ..optimizer import Optimizer, Options
+from ..optimizer import Optimizer
+from ..options import Options
 from ..routing import Params
 from ..transform import chain
 from ..transforms.momentum import momentum as momentum_link

@@ -29,7 +29,7 @@ class momentum(Transform):
             raise ValueError(f"dampening={dampening}: an average has no dampening; leave it at 0")
         if nesterov and dampening:
             raise ValueError(f"dampening={dampening}: Nesterov momentum needs dampening 0")
-        if nesterov and momentum == 0.0:
+        if nesterov and momentum == 0.0 and not average:  # torch.optim.SGD refuses it, torch.optim.Muon does not
             raise ValueError("nesterov=True: needs a momentum above 0")
         self.nesterov, self.average = nesterov, average
         self.defaults = {"momentum": momentum} if average else {"momentum": momentum, "dampening": dampening}

@@ -27,7 +27,7 @@ def matrices(p: Param) -> list[tuple[int, int]]:
     """
     if len(p.shape) < 2:
         raise ValueError(f"{p.name}: a matrix rule needs at least two dimensions, got shape {tuple(p.shape)}")
-    rows, columns = p.shape[-2:] if p.role == "experts" else (p.shape[0], math.prod(p.shape[1:]))
+    rows, columns = p.matrix
     if p.splits and sum(p.splits) != rows:
         raise ValueError(f"{p.name}: splits {p.splits} must add up to its {rows} rows")
     return [(part, columns) for part in p.splits or (rows,)]

@@ -1,0 +1,91 @@
+"""What every optimizer takes beside its rule's own settings: the options, their checks, and what they add to a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, get_args
+
+from torch import Tensor
+
+from poise.memory import codec as codecs
+
+from .engine.members import Member, Weights
+from .transform import ROLES, Chain, Param, chain
+from .transforms.step import Decay, add_l2, decay, scale_by_lr
+
+State = str | codecs.Codec | Mapping[str, str | codecs.Codec]
+Backend = Literal["auto", "tiles", "inductor", "chunks", "eager"]
+
+
+class Options(TypedDict, total=False):
+    """Keyword options that every optimizer takes; see `Optimizer`."""
+
+    state: State
+    weights: Weights
+    scale: Literal["rms"] | None
+    decay_vectors: bool
+    seed: int
+    backend: Backend
+
+
+def complete(rule: Chain, mode: Decay) -> Chain:
+    """The whole chain of a rule: what the optimizer appends to it."""
+    if rule.owns_step:
+        return rule
+    if mode == "l2":
+        return chain(add_l2(), *rule.links, scale_by_lr())
+    return chain(*rule.links, scale_by_lr(), decay(mode))
+
+
+def rms_scale(rule: Chain, p: Param, name: str) -> float:
+    """The factor that gives a rule's update the RMS of AdamW's."""
+    known = [rms for link in rule if (rms := link.update_rms(p)) is not None]
+    if not known:
+        raise ValueError(
+            f"scale='rms': the update of rule {name!r} has the gradient's own size, so no fixed factor gives it another; "
+            "use a rule with a known size (Adam, Lion, Muon, ...) or leave scale out"
+        )
+    return 0.2 / known[-1] if known[-1] > 0 else 1.0
+
+
+def check_options(options: Options) -> None:
+    """Values that cannot work, said before anything is built."""
+    weights, scale, state = options.get("weights", "auto"), options.get("scale"), options.get("state", "fp32")
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}: must be one of {', '.join(map(repr, get_args(Weights)))}")
+    if scale not in (None, "rms"):
+        raise ValueError(f"scale={scale!r}: must be None or 'rms'")
+    if not isinstance(options.get("seed", 0), int):
+        raise TypeError(f"seed={options['seed']!r}: must be an integer")  # type: ignore[typeddict-item]
+    if isinstance(state, Mapping):
+        strange = set(state) - {*ROLES, "*"}
+        if strange:
+            raise ValueError(f"state: unknown role {min(strange)!r}; roles are {', '.join(ROLES)}, and '*' for the rest")
+
+
+def check_rate(name: str, value: float | Tensor) -> None:
+    """A number that is not negative, or ValueError."""
+    if not float(value) >= 0.0:
+        raise ValueError(f"{name}={float(value)}: must not be negative")
+
+
+def by_tensor(members: Sequence[Member], given: Mapping[Any, Tensor] | Sequence[Tensor], what: str) -> dict[int, Tensor]:
+    """Tensors by parameter identity, from a mapping by parameter or name, or a list in order."""
+    if not isinstance(given, Mapping):
+        values = list(given)
+        if len(values) != len(members):
+            raise ValueError(f"{what}: {len(values)} tensors for {len(members)} parameters")
+        given = {m.tensor: value for m, value in zip(members, values, strict=True)}
+    by_name = {m.spec.name: m for m in members}
+    found: dict[int, Tensor] = {}
+    for key, value in given.items():
+        if isinstance(key, str) and key not in by_name:
+            raise ValueError(f"{what}: no parameter is called {key!r}")
+        tensor = by_name[key].tensor if isinstance(key, str) else key
+        if value is not None:
+            found[id(tensor)] = value
+    for m in members:
+        value = found.get(id(m.tensor))
+        if value is not None and tuple(value.shape) != tuple(m.spec.shape):
+            raise ValueError(f"{what}: {m.spec.name!r} has shape {tuple(m.spec.shape)}, its tensor {tuple(value.shape)}")
+    return found
