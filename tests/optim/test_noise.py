@@ -125,7 +125,7 @@ def test_a_resumed_run_draws_on() -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "STREAMED", 1000)
+    monkeypatch.setattr(tiles, "TILE", 1000)
 
 
 def moved(shapes: list[tuple[int, ...]], backend: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,14 +12,14 @@ from torch import Tensor
 from poise.memory.codec import CODECS, Codec, Kind, Part, block_scale, check_kind, pack, unpack
 
 ONE = 0x3F800000  # the bits of 1.0; those of 2^k are ONE + (k << 23)
-TINY, LIFT = 2.0**-64, 2.0**64  # 1 / scale overflows for scales below 3e-39
+SMALLEST = 2.0**-126  # normal float32: for smaller scales 1 / scale overflows
 
 
 @dataclass(frozen=True)
 class Tapered(Codec):
     """Codes whose precision tapers off from the block's largest magnitude, 1.03 (8 bits) or 0.53 (4 bits) bytes per element.
 
-        s = max |x| over the block                              stored in float32
+        s = max |x| over the block, or 2^-126 if it is less     stored in float32
         signed:  x ~ sign(c) F(|c|) / F(n) s,  c in [-n, n],    n = 127 or 7
         nonneg:  x ~ F(c) / F(n) s,            c in [0, n],     n = 255 or 15;   c = 0 only for x = 0
 
@@ -71,13 +72,15 @@ class Tapered(Codec):
     def encode(self, x: Tensor, kind: Kind, bits: Tensor | None = None) -> dict[str, Tensor]:
         check_kind(kind)
         scale = block_scale(x)
+        scale = torch.where((scale > 0) & (scale < SMALLEST), SMALLEST, scale)
         code = self._code(x, kind, scale, bits if self.stochastic and kind != "upper" else None)
         if kind == "signed":
-            code = torch.where(x < 0, -code, code)
+            sign = x.view(torch.int32) >> 31
+            code = (code ^ sign) - sign
             if self.bits == 4:
                 code = code + 8
         else:
-            code = torch.where(x > 0, torch.clamp(code, min=1), 0)
+            code = torch.where(x.view(torch.int32) > 0, torch.clamp(code, min=1), 0)
         return {"codes": code.to(self.parts(kind)["codes"].dtype) if self.bits == 8 else pack(code), "scale": scale}
 
     def decode(self, parts: Mapping[str, Tensor], kind: Kind) -> Tensor:
@@ -113,15 +116,17 @@ class Tapered(Codec):
         return torch.where(code >= q, pattern.view(torch.float32), code * (2.0 ** (q * shift) / q)) * (1 / self._top(kind))
 
     def _code(self, x: Tensor, kind: Kind, scale: Tensor, bits: Tensor | None) -> Tensor:
-        """|c|, int32."""
+        """|c|, int32; anything for an entry of a nonneg slot that is below zero."""
         shift = self._shift
         q = 1 << shift
-        lift = torch.where(scale < TINY, LIFT, 1.0)
-        over = torch.where(scale > 0, self._top(kind) / (scale * lift), 0.0)
-        t = x.abs() * lift * over
+        # F / 2^octaves, at most 2, so that its product with 1 / scale does not overflow
+        octaves = math.frexp(self._top(kind))[1] - 1
+        over = torch.where(scale > 0, self._top(kind) * 2.0**-octaves / scale, 0.0)
+        t = (x.abs() if kind == "signed" else x) * over
         # F^-1 in units of 2^-16: at most 2^24, so that it is exact in float32 as well as in integers.
-        pattern = (t.view(torch.int32) >> shift) + (ONE - (ONE >> shift) + (16 << 23))
-        place = torch.minimum(pattern.view(torch.float32), t * (65536.0 * q / 2.0 ** (q * shift))).to(torch.int32)
+        line = 2.0 ** (q * shift - octaves)  # F(q)
+        pattern = ((t.view(torch.int32) + (octaves << 23)) >> shift) + (ONE - (ONE >> shift) + (16 << 23))
+        place = torch.where(t < line, t * (65536.0 * q / line), pattern.view(torch.float32)).to(torch.int32)
         # Odd noise: what the multiplication made one unit too small does not leave its place on the grid.
         code = (place + (32768 if bits is None else bits | 1)) >> 16
         if kind == "upper":  # the nearest may lie below

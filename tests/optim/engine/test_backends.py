@@ -120,7 +120,7 @@ def test_the_number_of_threads_changes_no_bit(backend: str, state: str) -> None:
 
 def test_totals_over_many_tiles_are_added_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever thread ran a tile, sums are bitwise the same in every run."""
-    monkeypatch.setattr(tiles, "STREAMED", 1000)
+    monkeypatch.setattr(tiles, "TILE", 1000)
     held = torch.get_num_threads()
     rule = chain(heavy(), everything())
     ends = []
@@ -138,11 +138,14 @@ def in_tiles_of_usual_size() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return run(adam(), "tiles", dtype=torch.bfloat16, state="int8"), run(heavy(), "tiles")
 
 
-@pytest.mark.parametrize(("streamed", "cached"), [(257, 384), (64, 128)])
-def test_the_size_of_tiles_changes_no_bit(streamed: int, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tile", "of_strips", "strip"), [(257, 384, 384), (64, 128, 128), (64, 5000, 128), (64, 512, 256)])
+def test_the_size_of_tiles_and_strips_changes_no_bit(
+    tile: int, of_strips: int, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = in_tiles_of_usual_size()
-    monkeypatch.setattr(tiles, "STREAMED", streamed)
-    monkeypatch.setattr(tiles, "CACHED", cached)
+    monkeypatch.setattr(tiles, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE_OF_STRIPS", of_strips)
+    monkeypatch.setattr(tiles, "STRIP", strip)
     found = run(adam(), "tiles", dtype=torch.bfloat16, state="int8"), run(heavy(), "tiles")
     for a, b in zip(found, wanted, strict=True):
         assert same(list(a.values()), list(b.values()))

@@ -37,8 +37,9 @@ def one_thread_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(tiles, "STREAMED", 100)
-    monkeypatch.setattr(tiles, "CACHED", 64)
+    monkeypatch.setattr(tiles, "TILE", 100)
+    monkeypatch.setattr(tiles, "TILE_OF_STRIPS", 64)
+    monkeypatch.setattr(tiles, "STRIP", 64)
 
 
 def launch(

@@ -19,10 +19,11 @@ import torch
 
 from . import kernels
 
-# Elements of a tile. Without scratch the tensors stream through and a tile only has to hide the cost of a call; with scratch
-# all of a tile's intermediate values should stay in a core's own cache (measured: 64K and 8K elements).
-STREAMED = 65536
-CACHED = 8192
+# Elements of a tile: long enough to hide the cost of handing it out. Where kernels hand values on, they do so in strips, a few
+# arrays of which fit a core's first cache (measured: 64K, and 32K in strips of 2K).
+TILE = 65536
+TILE_OF_STRIPS = 32768
+STRIP = 2048
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ class Launch:
         partial: int = 0,
     ) -> None:
         self.block = max([step.block for step in steps], default=1)
-        size = CACHED if scratch else STREAMED
-        self.scratch, self.scratch_bytes, self.longest = scratch, (size + self.block) * 8, size
+        # results of a tile are summed over all of it, so such a tile is a strip
+        whole = not scratch or partial > 0
+        self.strip = -(-(TILE if not scratch else STRIP) // self.block) * self.block
+        size = self.strip if whole else -(-TILE_OF_STRIPS // self.strip) * self.strip
+        self.scratch, self.scratch_bytes = scratch, (self.strip + self.block) * 8
         self.table = np.zeros((len(lengths), columns), dtype=np.int64)
         self.keys = np.zeros(len(lengths), dtype=np.int32)  # of each tensor's noise in this step
         self.held: list[tuple[dict[str, torch.Tensor], str, torch.Tensor]] = []  # the state tensors whose addresses it has
@@ -91,7 +95,7 @@ class Launch:
         )
         first, ops = 0, []
         for step in steps:
-            ops.append([step.kernel.address, step.block, first, len(step.operands)])
+            ops.append([step.kernel.address, step.block, first, len(step.operands), self.strip // step.block])
             first += len(step.operands)
         self.ops = np.array(ops, dtype=np.int64)
 
@@ -100,9 +104,9 @@ class Launch:
         if not len(self.tiles):
             return
         _driver()(
-            self.ops.ctypes.data, len(self.ops), self.args.ctypes.data, self.table.ctypes.data, self.table.shape[1],
-            self.rows.ctypes.data, self.keys.ctypes.data, self.tiles.ctypes.data, len(self.tiles), self.scratch,
-            self.scratch_bytes, self.longest, self.partial.ctypes.data, self.partial_bytes,
+            self.ops.ctypes.data, len(self.ops), self.args.ctypes.data, len(self.args), self.table.ctypes.data,
+            self.table.shape[1], self.rows.ctypes.data, self.keys.ctypes.data, self.tiles.ctypes.data, len(self.tiles),
+            self.scratch, self.scratch_bytes, self.strip, self.partial.ctypes.data, self.partial_bytes,
             min(torch.get_num_threads(), len(self.tiles)),
         )  # fmt: skip
 
@@ -140,7 +144,7 @@ def _driver() -> Callable[..., None]:
     launch = ctypes.CDLL(str(path)).poise_launch
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     launch.argtypes = [
-        pointer, size, pointer, pointer, size, pointer, pointer, pointer, size, size, size, size, pointer, size, size,
+        pointer, size, pointer, size, pointer, size, pointer, pointer, pointer, size, size, size, size, pointer, size, size,
     ]  # fmt: skip
     launch.restype = None
     return launch
