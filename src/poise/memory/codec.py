@@ -100,8 +100,12 @@ def get(codec: str | Codec | None) -> Codec | None:
 
 
 def block_scale(x: Tensor) -> Tensor:
-    """The largest magnitude of each block, (blocks, 1)."""
-    return x.abs().amax(1, keepdim=True)
+    """The largest magnitude of each block, (blocks, 1); NaN if there is one.
+
+    As integers, the patterns of magnitudes have the order of the numbers, with NaN above infinity, and no compare has to look
+    out for it.
+    """
+    return (x.view(torch.int32) & 0x7FFFFFFF).amax(1, keepdim=True).view(torch.float32)
 
 
 def over_scale(x: Tensor, scale: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .inductor import Arg, Unsupported, source_of, trace
 
-VERSION = 7  # of what is kept on disk
+VERSION = 8  # of what is kept on disk
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ STORE = re.compile(r"(\w+)\.store\(((?:in_|out_|in_out_)ptr\d+ [^;]*), static_ca
 COUNT_N = re.compile(r"at::vec::VectorizedN<int32_t,\s*(\d+)>::arange\((\w+), 1\)")
 BYTES = re.compile(r"at::vec::convert<(u?int8_t)>\((\w+)\)")
 COUNT = re.compile(r"at::vec::Vectorized<int32_t>::arange\((\w+), 1\)")
+LARGEST = re.compile(r"at::vec::vec_reduce_all<int32_t, 1>\(\[\][^{]*\{ return at::vec::maximum\(x, y\); \}, (\w+)\)")
 POINTER = re.compile(r"\* (?=(?:in_|out_|in_out_)ptr\d+\b)")
 BITS = re.compile(
     r"\[&\]\(\)\s*\{\s*__at_align__ std::array<(?P<source>\w+), (?P<size>\d+)> tmpbuf0;\s*"
@@ -48,6 +49,7 @@ def faster(source: str) -> str:
 
     source = REPORT.sub("", source)
     source = LOAD_N.sub(r"poise_load_n<\1, \2>(", LOAD.sub(r"poise_load<\1>(", BITS.sub(bits, source)))
+    source = LARGEST.sub(r"poise_largest(\1)", source)
     source = COUNT_N.sub(r"poise_count_n<\1>(\2)", source)
     source = BYTES.sub(r"poise_bytes_of(\2, \1())", COUNT.sub(r"poise_count(\1)", source))
     return logical_shifts(STORE.sub(r"poise_store(\1, \2, \3);", source))

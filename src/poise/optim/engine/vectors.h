@@ -87,6 +87,20 @@ template <typename V> inline Vec<int8_t> poise_bytes_of(const V& v, int8_t) { re
 inline Vec<uint8_t> poise_bytes_of(const Vec<int32_t>& v, uint8_t) { return poise_bytes<uint8_t>(v); }
 inline Vec<int8_t> poise_bytes_of(const Vec<int32_t>& v, int8_t) { return poise_bytes<int8_t>(v); }
 
+// The largest entry.
+inline int32_t poise_largest(const Vec<int32_t>& v) {
+#if defined(POISE_AVX2)
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(__m256i(v)), _mm256_extracti128_si256(__m256i(v), 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+#elif defined(POISE_AVX512)
+  return _mm512_reduce_max_epi32(__m512i(v));
+#else
+  using Entries = Vec<int32_t>;
+  return at::vec::vec_reduce_all<int32_t>([](Entries& x, Entries& y) { return at::vec::maximum(x, y); }, v);
+#endif
+}
+
 template <int places> inline Vec<int32_t> poise_shift(const Vec<int32_t>& x) {
 #if defined(POISE_AVX2)
   return Vec<int32_t>(_mm256_srli_epi32(__m256i(x), places));
