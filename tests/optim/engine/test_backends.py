@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.problems import distance, draw, leaves, play, same
-from optim.toys import heavy
+from optim.toys import apply, heavy
 from torch import Tensor
 
 from poise.optim import Context, Optimizer, Param, Slot, Transform, chain
@@ -78,6 +78,13 @@ def test_torch_compile_runs_the_same_rule() -> None:
     """The way of GPUs, here on the CPU."""
     rule = chain(heavy(), everything())
     assert gap(run(rule, "inductor"), run(rule, "eager")) < 1e-6
+
+
+def test_torch_compile_runs_more_rules_than_it_would_compile_one_function_for() -> None:
+    """It gives up a function after eight recompilations."""
+    for i in range(10):
+        rule = chain(apply(lambda u, state, x, k, scale=i + 1.0: u * scale))
+        assert gap(run(rule, "inductor", steps=2), run(rule, "eager", steps=2)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["tiles", "chunks"])

@@ -5,8 +5,10 @@ This is the path of GPUs and of machines without a C++ compiler, and the yardsti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from types import FunctionType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ class Flat:
         self.compiled: Callable[..., dict[str, Tensor]] | None = None
         if mode == "inductor":
             # one function for all parameters of the bucket: sizes are dynamic, scalars are a tensor, so nothing recompiles
-            self.compiled = torch.compile(self.program.plain, dynamic=True, fullgraph=True)
+            self.compiled = torch.compile(_own_code(program.plain), dynamic=True, fullgraph=True)
 
     def run(
         self,
@@ -97,3 +99,16 @@ class Flat:
                 salt, half = state_draw(position)
                 bits = half(member.bits(step, salt)) if stochastic else None
                 store.write(member.state, values[key].reshape(store.shape), bits)
+
+
+def _own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` behind a code object of its own: torch.compile counts recompilations by code, and all programs share theirs."""
+
+    def run(*args: Any) -> Any:
+        return fn(*args)
+
+    code = run.__code__.replace(co_name=f"program_{next(_number)}")
+    return FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
+
+
+_number = itertools.count()
