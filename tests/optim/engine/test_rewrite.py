@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from poise.memory.codec import block_scale
 from poise.memory.rounding import nearest_bf16, noise_bits
 from poise.optim.engine import inductor, kernels
 from poise.optim.engine.inductor import Arg
@@ -40,6 +41,10 @@ def hashed_beside_halves(key: Tensor, a: Tensor, half: Tensor, **_: Tensor) -> d
     return {"half": (a + (noise & 255).to(torch.float32) + half.to(torch.float32)).to(torch.bfloat16)}
 
 
+def largest(blocks: Tensor, **_: Tensor) -> dict[str, Tensor]:
+    return {"scale": block_scale(blocks)}
+
+
 CASES: dict[str, tuple[Function, list[Arg]]] = {
     "narrowed": (
         narrowed,
@@ -47,6 +52,10 @@ CASES: dict[str, tuple[Function, list[Arg]]] = {
     ),
     "widened": (widened, [Arg("signed", torch.int8), Arg("bytes", torch.uint8), Arg("b", torch.float32, written=True)]),
     "hashed": (hashed, [Arg("key", torch.int32, (2,)), Arg("a", torch.float32), Arg("c", torch.int32, written=True)]),
+    "largest": (
+        largest,
+        [Arg("blocks", torch.float32, (None, 64)), Arg("scale", torch.float32, (None, 1), written=True)],
+    ),
     "rounded": (rounded, [Arg("a", torch.float32), Arg("half", torch.bfloat16, written=True)]),
     "hashed beside halves": (
         hashed_beside_halves,
@@ -81,7 +90,14 @@ def test_nothing_is_left_that_goes_through_memory(name: str) -> None:
     """Fails if another version of inductor writes these places in another way: the kernels would be right and slow."""
     source = inductor.source_of(*CASES[name])
     generated = source[source.index("static void") :].partition("C10_UNLIKELY")[0]  # a tail may
-    for slow in ("tmpbuf", "::arange(", "convert<uint8_t>", "convert<int8_t>", "Vectorized<at::BFloat16>::loadu"):
+    for slow in (
+        "tmpbuf",
+        "::arange(",
+        "convert<uint8_t>",
+        "convert<int8_t>",
+        "Vectorized<at::BFloat16>::loadu",
+        "vec_reduce_all",
+    ):
         assert slow not in generated
     assert ("poise_shift" in generated) == ("hashed" in name or name == "rounded")
 
