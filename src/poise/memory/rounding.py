@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 
-def _i32(constant: int) -> int:
-    """A 32-bit constant as the signed integer of the same bits."""
-    return constant - 2**32 if constant >= 2**31 else constant
+def int32(number: int) -> int:
+    """A number modulo 2^32, as the signed integer of the same bits."""
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
@@ -47,9 +47,9 @@ def noise_bits(key: Tensor | int, index: Tensor) -> Tensor:
         key: int32, 0-d or (1,); see `key_of`. A new one for each step, or the same noise comes back.
         index: int32, the element's index in the whole tensor, not in the shard (mod 2^32 for larger tensors).
     """
-    x = (index * _i32(0x9E3779B1)) ^ key  # with a sum, another key would be the same stream from another place on
+    x = (index * int32(0x9E3779B1)) ^ key  # with a sum, another key would be the same stream from another place on
     x = (x ^ _shift(x, 16)) * 0x7FEB352D
-    return (x ^ _shift(x, 15)) * _i32(0x846CA68B)
+    return (x ^ _shift(x, 15)) * int32(0x846CA68B)
 
 
 def high16(noise: Tensor) -> Tensor:

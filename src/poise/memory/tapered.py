@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poise.memory.codec import CODECS, Codec, Kind, Part, block_scale, check_kind, pack, unpack
+from poise.memory.rounding import int32
 
 ONE = 0x3F800000  # the bits of 1.0; those of 2^k are ONE + (k << 23)
 SMALLEST = 2.0**-126  # normal float32: for smaller scales 1 / scale overflows
@@ -112,7 +113,7 @@ class Tapered(Codec):
         """F(c) / F(n) for codes in float32, exactly 1 for the last one."""
         shift = self._shift
         q = 1 << shift
-        pattern = (code.view(torch.int32) << shift) + _i32(ONE - (ONE << shift))
+        pattern = (code.view(torch.int32) << shift) + int32(ONE - (ONE << shift))
         return torch.where(code >= q, pattern.view(torch.float32), code * (2.0 ** (q * shift) / q)) * (1 / self._top(kind))
 
     def _code(self, x: Tensor, kind: Kind, scale: Tensor, bits: Tensor | None) -> Tensor:
@@ -132,11 +133,6 @@ class Tapered(Codec):
         if kind == "upper":  # the nearest may lie below
             code = torch.where(self._value(code.to(torch.float32), kind) * scale < x, code + 1, code)
         return code
-
-
-def _i32(constant: int) -> int:
-    """A constant modulo 2^32 as the signed integer of the same bits."""
-    return (constant + 2**31) % 2**32 - 2**31
 
 
 CODECS["int8"] = Tapered()

@@ -180,7 +180,7 @@ def check_matrix(p: Param) -> None:
 
 def state_draw(position: int) -> tuple[int, Callable[[Tensor], Tensor]]:
     """Salt of the rounding noise of the slot at `position`, and which half of it is its own: two slots share a hash."""
-    return wrap(SALT_STATE + 0x3C6EF372 * (position // 2 + 1)), rounding.low16 if position % 2 else rounding.high16
+    return rounding.int32(SALT_STATE + 0x3C6EF372 * (position // 2 + 1)), rounding.low16 if position % 2 else rounding.high16
 
 
 def noise_keys(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -188,9 +188,4 @@ def noise_keys(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return ((keys + steps * 0xC2B2AE3D) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
 
-def wrap(number: int) -> int:
-    """As a signed 32-bit number, modulo 2^32."""
-    return ((number + 0x80000000) & 0xFFFFFFFF) - 0x80000000
-
-
-__all__ = ["LOW", "SALT_WEIGHTS", "Bound", "Member", "WeightFormat", "Weights", "noise_keys", "state_draw", "wrap"]
+__all__ = ["LOW", "SALT_WEIGHTS", "Bound", "Member", "WeightFormat", "Weights", "noise_keys", "state_draw"]

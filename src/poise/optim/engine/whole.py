@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.memory.rounding import noise_bits
+from poise.memory.rounding import int32, noise_bits
 
 from ..transform import Transform
 from . import shards
 from .layers import joined, parted
 from .links import Bound, Env, call_update, settled
-from .members import LOW, Member, state_draw, wrap
+from .members import LOW, Member, state_draw
 from .views import stored_as, view_of
 
 
@@ -209,7 +209,7 @@ def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None
 def plain_bits(member: Member, step: int, salt: int, size: int) -> Tensor:
     """Random bits for a tensor that every rank holds whole."""
     where = torch.arange(size, dtype=torch.int32, device=member.local.device)
-    return noise_bits(torch.tensor(wrap(member.noise_key(step) + salt), dtype=torch.int32, device=where.device), where)
+    return noise_bits(torch.tensor(int32(member.noise_key(step) + salt), dtype=torch.int32, device=where.device), where)
 
 
 def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
@@ -218,7 +218,7 @@ def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Ten
     def bits(salt: int, like: Tensor) -> Tensor:
         where = torch.arange(like.numel() // len(members), dtype=torch.int32, device=like.device)
         keys = [
-            torch.tensor(wrap(m.noise_key(s) + salt), dtype=torch.int32, device=like.device)
+            torch.tensor(int32(m.noise_key(s) + salt), dtype=torch.int32, device=like.device)
             for m, s in zip(members, steps, strict=True)
         ]
         return torch.stack([noise_bits(key, where) for key in keys]).reshape(like.shape)
