@@ -7,7 +7,7 @@ number adds instead of multiplying; what passes between them stays in the core's
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -77,9 +77,14 @@ class Tiled:
         return self._value(name)
 
     def _add(
-        self, fn: object, args: Sequence[kernels.Arg], operands: Sequence[Operand], block: int = 1, known: Hashable = None
+        self,
+        fn: Callable[..., dict[str, Tensor]],
+        args: Sequence[kernels.Arg],
+        operands: Sequence[Operand],
+        block: int = 1,
+        known: Hashable = None,
     ) -> None:
-        self.pending.append((kernels.native(fn, args, known), tuple(operands), block))  # type: ignore[arg-type]
+        self.pending.append((kernels.native(fn, args, known), tuple(operands), block))
 
     def _decode(self, key: str, codec: Codec) -> None:
         store = self.stores[key]
