@@ -17,7 +17,8 @@ from .engine.engine import Engine, chain_of
 from .engine.layers import Layer, join
 from .engine.links import initial
 from .engine.members import Member
-from .options import Options, by_tensor, check_options, check_rate, complete, rms_scale
+from .given import by_tensor
+from .options import Options, check_options, check_rate, complete, rms_scale
 from .plan import Plan
 from .routing import Assigned, Params, Route, assign, check_used, collect, everything
 from .transform import Param, Transform

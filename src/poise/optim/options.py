@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args
 
 from torch import Tensor
 
 from poise.memory import codec as codecs
 
-from .engine.members import Member, Weights
+from .engine.members import Weights
 from .transform import ROLES, Chain, Param, chain
 from .transforms.step import Decay, add_l2, decay, scale_by_lr
 
@@ -55,8 +55,9 @@ def check_options(options: Options) -> None:
         raise ValueError(f"weights={weights!r}: must be one of {', '.join(map(repr, get_args(Weights)))}")
     if scale not in (None, "rms"):
         raise ValueError(f"scale={scale!r}: must be None or 'rms'")
-    if not isinstance(options.get("seed", 0), int):
-        raise TypeError(f"seed={options['seed']!r}: must be an integer")  # type: ignore[typeddict-item]
+    seed: Any = options.get("seed", 0)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: must be an integer")
     if isinstance(state, Mapping):
         strange = set(state) - {*ROLES, "*"}
         if strange:
@@ -67,25 +68,3 @@ def check_rate(name: str, value: float | Tensor) -> None:
     """A number that is not negative, or ValueError."""
     if not float(value) >= 0.0:
         raise ValueError(f"{name}={float(value)}: must not be negative")
-
-
-def by_tensor(members: Sequence[Member], given: Mapping[Any, Tensor] | Sequence[Tensor], what: str) -> dict[int, Tensor]:
-    """Tensors by parameter identity, from a mapping by parameter or name, or a list in order."""
-    if not isinstance(given, Mapping):
-        values = list(given)
-        if len(values) != len(members):
-            raise ValueError(f"{what}: {len(values)} tensors for {len(members)} parameters")
-        given = {m.tensor: value for m, value in zip(members, values, strict=True)}
-    by_name = {m.spec.name: m for m in members}
-    found: dict[int, Tensor] = {}
-    for key, value in given.items():
-        if isinstance(key, str) and key not in by_name:
-            raise ValueError(f"{what}: no parameter is called {key!r}")
-        tensor = by_name[key].tensor if isinstance(key, str) else key
-        if value is not None:
-            found[id(tensor)] = value
-    for m in members:
-        value = found.get(id(m.tensor))
-        if value is not None and tuple(value.shape) != tuple(m.spec.shape):
-            raise ValueError(f"{what}: {m.spec.name!r} has shape {tuple(m.spec.shape)}, its tensor {tuple(value.shape)}")
-    return found

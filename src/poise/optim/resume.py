@@ -1,4 +1,7 @@
-"""Loading a state_dict strictly: everything is checked first, then copied into the tensors that are there."""
+"""What an optimizer keeps, brought back: a state_dict loaded strictly, and snapshots taken and put back.
+
+Everything is checked first, then copied into the tensors that are there.
+"""
 
 from __future__ import annotations
 
