@@ -7,15 +7,16 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from poise import catalog
-from poise.cli.compare import parse
+from poise.compare import workers
+from poise.compare.entries import Entry, parse
 from poise.compare.results import Results
-from poise.compare.study import Study
 
-SHORT = ["--trials", "2", "--tune-steps", "3", "--steps", "4", "--seeds", "2"]
+SHORT = ["--trials", "2", "--tune-steps", "3", "--steps", "4", "--seeds", "2", "--budgets", "", "--workers", "1"]
 RUN = ["compare", "toy.py", "--methods", "toy-sgd,again=toy-sgd", *SHORT]
 
 
@@ -25,7 +26,8 @@ def test_a_comparison_prints_its_verdict_and_writes_its_results(poise: Callable)
     assert ended.code == 0
     assert "toy-sgd and again tie" in ended.out and results.verdict.sentence in ended.out
     assert [method.name for method in results.methods] == ["toy-sgd", "again"]
-    assert results.settings.model_dump() == dict(trials=2, tune_steps=3, steps=4, seeds=2, seed=0)
+    sizes = dict(trials=2, tune_steps=3, steps=4, seeds=2, seed=0)
+    assert results.settings.model_dump() == sizes | dict(budgets=(), threads=1, device="cpu")
 
 
 def test_trials_are_as_long_as_the_final_runs_unless_said(poise: Callable) -> None:
@@ -65,22 +67,22 @@ def test_bad_input_is_named_and_ends_with_two(poise: Callable, arguments: list[s
 
 
 def test_an_alias_is_the_method_under_another_name(poise: Callable) -> None:
-    assert parse("toy-sgd, again=toy-sgd") == {"toy-sgd": catalog.get("toy-sgd"), "again": catalog.get("toy-sgd")}
+    assert parse("toy-sgd, again=toy-sgd") == dict.fromkeys(["toy-sgd", "again"], Entry(catalog.get("toy-sgd")))
 
 
 def interrupt_after(runs: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], None]) -> None:
     """Let so many runs finish; interrupt the next."""
-    whole = Study.run
+    whole = workers.perform
     left = runs
 
-    def run(*arguments: object) -> object:
+    def run(*arguments: Any) -> object:
         nonlocal left
         if left == 0:
             how()
         left -= 1
-        return whole(*arguments)  # pyright: ignore[reportArgumentType]
+        return whole(*arguments)
 
-    monkeypatch.setattr(Study, "run", run)
+    monkeypatch.setattr(workers, "perform", run)
 
 
 def control_c() -> None:
@@ -103,7 +105,7 @@ def test_an_interrupted_comparison_ends_with_three_and_the_same_command_goes_on(
     assert not Path("runs/compare/toy/results.json").exists()
     with monkeypatch.context() as patch:
         taken = []
-        patch.setattr("poise.compare.study.train", lambda *a, **k: taken.append(1) or train(*a, **k))
+        patch.setattr("poise.compare.workers.train", lambda *a, **k: taken.append(1) or train(*a, **k))
         from poise.compare.train import train
 
         assert poise(*RUN).code == 0
@@ -115,7 +117,7 @@ def test_fresh_starts_over(poise: Callable, monkeypatch: pytest.MonkeyPatch) -> 
 
     poise(*RUN)
     taken = []
-    monkeypatch.setattr("poise.compare.study.train", lambda *a, **k: taken.append(1) or train(*a, **k))
+    monkeypatch.setattr("poise.compare.workers.train", lambda *a, **k: taken.append(1) or train(*a, **k))
     poise(*RUN)
     assert len(taken) == 0
     poise(*RUN, "--fresh")

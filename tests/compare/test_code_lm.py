@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poise.compare.loop import evaluate
 from poise.compare.tasks import Split, load
 from poise.compare.tasks.code_lm import Task, sources, split_of
-from poise.compare.train import evaluate
 
 FILES = {f"package/module_{number}.py": f"x_{number} = {number}\n" * 30 for number in range(120)}
 

@@ -63,9 +63,10 @@ def test_the_table_shows_every_method_with_its_interval_and_the_verdict() -> Non
         "again",
         "1.0000 ± 0.1000",
         "+0.0000 ± 0.0000",
+        "1.00 [0.90, 1.10]",
         "8.00",
-        "2.0",
-        "0.5",
+        "2",
+        "1.00",
         "0.1",
         "0 of 3",
     ]

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from poise.catalog import log_uniform
+from poise.catalog import log_uniform, uniform
 from poise.compare import provenance
+from poise.compare.entries import Entry
 from poise.compare.journal import Journal
-from poise.compare.study import Nobody, budget, choose, compare
+from poise.compare.plan import budget, check, choose
+from poise.compare.results import Settings
+from poise.compare.study import Nobody, compare
 
 from .toys import ADAM, SETTINGS, SGD, Toy, entry, run, toy_adam, toy_sgd, without_seconds
 
@@ -140,7 +143,9 @@ def test_an_interrupted_study_goes_on_to_the_same_results(tmp_path: Path, passes
 def test_a_finished_study_is_not_run_again(tmp_path: Path) -> None:
     first = compare(Toy(), METHODS, SETTINGS, Journal(tmp_path / "journal.db"))
     watch = Count()
-    assert compare(Toy(), METHODS, SETTINGS, Journal(tmp_path / "journal.db"), watch) == first
+    again = compare(Toy(), METHODS, SETTINGS, Journal(tmp_path / "journal.db"), watch)
+    assert without_seconds(again) == without_seconds(first)
+    assert [found.finals for found in again.methods] == [found.finals for found in first.methods]  # seconds too
     assert watch.taken == 0
 
 
@@ -217,7 +222,7 @@ from compare.test_study import Slow, METHODS
 from compare.toys import SETTINGS
 from poise.compare import Journal, compare, provenance
 provenance.code = lambda method: "pinned"
-compare(Slow(), METHODS, SETTINGS, Journal(Path(sys.argv[1])))
+compare(Slow(), METHODS, SETTINGS, Journal(Path(sys.argv[1])), timing=False)
 """
 
 
@@ -256,3 +261,121 @@ def test_a_killed_study_goes_on_to_the_same_results(tmp_path: Path, monkeypatch:
     whole = compare(Slow(), METHODS, SETTINGS, Journal(tmp_path / "whole.db"))
     assert without_seconds(resumed) == without_seconds(whole)
     assert watch.dropped >= 3 * 6
+
+
+# -- spaces that turn out too narrow -------------------------------------------------------------------------------------
+
+EIGHT = SETTINGS.model_copy(update={"trials": 8})
+NARROW = entry(toy_sgd, "narrow", lr=log_uniform(1e-5, 1e-3))  # a hundred times below the best
+
+
+def test_trials_in_a_wider_space_are_among_those_that_every_method_gets(journal: Journal) -> None:
+    narrow, wide = compare(Toy(), {"narrow": NARROW, "sgd": SGD}, EIGHT, journal).methods
+    assert [run.number for run in narrow.trials] == [run.number for run in wide.trials] == list(range(8))
+    assert {run.passes for run in narrow.trials} == {6}
+    low, high = narrow.widened["lr"]["low"], narrow.widened["lr"]["high"]
+    assert low < 1e-3 < high and all(low <= run.hyper["lr"] <= high for run in narrow.trials[6:])
+    assert any(run.hyper["lr"] > 1e-3 for run in narrow.trials[6:])
+    assert wide.widened == {} and all(run.hyper["lr"] <= 0.5 for run in wide.trials)
+
+
+def test_an_edge_is_judged_by_the_widened_space(journal: Journal) -> None:
+    (found,) = compare(Toy(), {"narrow": NARROW}, EIGHT, journal).methods
+    assert found.best is not None and found.best >= 6  # the wider space held something better
+    top = found.widened["lr"]["high"]
+    assert found.edges == ({"lr": "high"} if found.trials[found.best].hyper["lr"] > 0.8 * top else {})
+
+
+def test_the_other_hyper_parameters_stay_at_their_best_while_an_edge_is_looked_beyond(journal: Journal) -> None:
+    method = entry(toy_sgd, "narrow", lr=log_uniform(1e-5, 1e-3), momentum=uniform(0.0, 0.9))
+    (found,) = compare(Toy(), {"narrow": method}, EIGHT, journal).methods
+    first = choose(found.trials[:6])
+    assert first is not None
+    assert {run.hyper["momentum"] for run in found.trials[6:]} == {found.trials[first].hyper["momentum"]}
+
+
+# -- the reference at other budgets --------------------------------------------------------------------------------------
+
+BUDGETS = SETTINGS.model_copy(update={"budgets": (0.5, 2.0)})
+
+
+def test_the_reference_is_finished_at_every_budget(journal: Journal) -> None:
+    watch = Count()
+    results = compare(Toy(), METHODS, BUDGETS, journal, watch)
+    assert results.reference == "adamw"
+    assert [point.passes for point in results.budgets] == [4, 8, 16]
+    for point in results.budgets:
+        assert [(run.passes, run.seed) for run in point.runs] == [(point.passes, 1 + seed) for seed in range(3)]
+    assert watch.taken == budget(METHODS, BUDGETS) == budget(METHODS, SETTINGS) + (4 + 16) * (2 + 3)
+    assert results.budgets[1].runs == results.methods[1].finals
+
+
+def test_a_method_that_is_the_reference_has_a_speed_up_of_one(journal: Journal) -> None:
+    results = compare(Toy(), {"adamw": ADAM, "again": ADAM}, BUDGETS, journal)
+    for found in results.methods:
+        assert found.speedup is not None
+        assert (found.speedup.ratio, found.speedup.low, found.speedup.high, found.speedup.bound) == (1.0, 1.0, 1.0, "exact")
+
+
+def test_an_untuned_reference_makes_a_speed_up_that_tuning_takes_away(journal: Journal) -> None:
+    settings = Settings.model_validate(dict(trials=6, tune_steps=60, steps=60, seeds=4, budgets=(0.25, 0.5, 2.0, 4.0)))
+    untuned = {"adamw": Entry(ADAM, {"lr": 0.03}), "rival": entry(toy_adam, "rival", lr=log_uniform(1e-3, 0.5))}
+    tuned = untuned | {"adamw": ADAM}
+    fake = compare(Toy(), untuned, settings, journal).methods[1].speedup
+    real = compare(Toy(), tuned, settings, journal).methods[1].speedup
+    assert fake is not None and real is not None
+    assert fake.ratio > 1.5 and 0.5 < real.ratio < 1.5
+
+
+def test_the_ranking_in_the_middle_of_the_runs_is_kept_beside_the_last(journal: Journal) -> None:
+    results = compare(Toy(), METHODS, SETTINGS, journal)
+    assert sorted(results.verdict.halfway) == sorted(results.verdict.ranking) == ["adamw", "sgd"]
+
+
+def test_alone_a_method_needs_no_further_budgets(journal: Journal) -> None:
+    assert budget({"adamw": ADAM}, BUDGETS) == budget({"adamw": ADAM}, SETTINGS)
+    assert compare(Toy(), {"adamw": ADAM}, BUDGETS, journal).budgets == []
+
+
+@pytest.mark.parametrize("tune", [{"lr": log_uniform(1e20, 1e30)}, {}])
+def test_what_was_planned_is_taken_or_dropped_whatever_happens(journal: Journal, tune: dict[str, Any]) -> None:
+    methods = {"adamw": entry(toy_sgd if tune else toy_adam, "adamw", **tune), "sgd": SGD}
+    watch = Count()
+    compare(Toy(), methods, BUDGETS, journal, watch)
+    assert watch.taken + watch.dropped == budget(methods, BUDGETS)
+
+
+# -- fixed settings and seconds ------------------------------------------------------------------------------------------
+
+
+def test_what_is_fixed_is_not_tuned_and_reaches_every_run(journal: Journal) -> None:
+    fixed = {"sgd": SGD, "fixed": Entry(SGD, {"lr": 0.01, "momentum": 0.5})}
+    tuned, found = compare(Toy(), fixed, SETTINGS, journal).methods
+    assert found.fixed == {"lr": 0.01, "momentum": 0.5} and found.space == {} and len(found.trials) == 1
+    assert tuned.final is not None and found.final is not None and found.final.mean > tuned.final.mean
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_run() -> None:
+    with pytest.raises(ValueError, match=r"'odd' cannot be built with \{'colour': 'red'\}"):
+        check({"odd": Entry(SGD, {"colour": "red"})}, Toy())
+
+
+def test_seconds_are_measured_in_turns_after_all_runs(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Told(Toy):
+        def model(self) -> nn.Module:
+            order.append("model")
+            return super().model()
+
+    monkeypatch.setattr("poise.compare.timing.block", lambda loop: order.append("block") or (0.25, 0.125))
+    sgd, adam = compare(Told(), METHODS, SETTINGS, journal).methods
+    assert order[: order.index("block")] == ["model"] * (2 * 3 + 2 * 3 + 2)
+    assert set(order[order.index("block") :]) == {"block"}
+    for found in (sgd, adam):
+        assert found.timing is not None
+        assert (found.timing.seconds_per_step, found.timing.optimizer_seconds_per_step, found.timing.ratio) == (
+            0.25,
+            0.125,
+            1.0,
+        )

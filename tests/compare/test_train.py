@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.compare.train import state_bytes, train, warmup_then_decay
+from poise.compare.loop import warmup_then_decay
+from poise.compare.train import state_bytes, train
 
 from .toys import ADAM, SGD, Toy, entry, toy_noise, toy_sgd
 
@@ -100,7 +101,7 @@ def test_a_step_without_a_pass_is_an_error() -> None:
     def blind(model: nn.Module, lr: float) -> Blind:
         return Blind(model.parameters(), lr=lr)
 
-    with pytest.raises(RuntimeError, match="blind took a step without calling its closure"):
+    with pytest.raises(RuntimeError, match="Blind took a step without calling its closure"):
         train(Toy(), entry(blind), {"lr": 0.1}, number=0, seed=0, passes=10, split="tune")
 
 
@@ -110,13 +111,37 @@ def test_a_run_stops_where_its_loss_is_not_finite() -> None:
     assert all(math.isfinite(loss) for _, loss in found.curve)
 
 
-def test_a_run_that_ends_above_its_start_has_diverged_though_its_loss_is_a_number() -> None:
-    class Bad(Toy):
-        def batches(self, split: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-            return ((x, y + 100 * (split != "train")) for x, y in super().batches(split, seed))
+class Shifted(Toy):
+    """Held-out data far from the training data."""
 
-    found = train(Bad(), SGD, {"lr": 0.1}, number=0, seed=0, passes=5, split="tune")
-    assert found.diverged and found.loss is not None and found.initial_loss is not None and found.loss > found.initial_loss
+    def batches(self, split: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x, y + 100 * (split != "train")) for x, y in super().batches(split, seed))
+
+
+def test_a_loss_that_began_high_on_the_held_out_data_has_not_diverged() -> None:
+    found = train(Shifted(), SGD, {"lr": 0.1}, number=0, seed=0, passes=5, split="tune")
+    assert not found.diverged and found.loss is not None and found.initial_loss is not None
+    assert found.loss > 2 * found.initial_loss
+
+
+def test_a_run_that_ends_far_above_its_start_has_diverged_though_its_loss_is_a_number() -> None:
+    found = train(Toy(), SGD, {"lr": 2.0}, number=0, seed=0, passes=5, split="tune")
+    assert found.diverged and found.loss is None and found.passes == 5
+
+
+def test_a_rate_too_small_to_learn_anything_has_not_diverged() -> None:
+    for seed in range(20):  # the first batch is easy in some of them
+        assert not train(Toy(), SGD, {"lr": 1e-9}, number=0, seed=seed, passes=5, split="tune").diverged
+
+
+def test_a_hopeless_run_is_not_finished() -> None:
+    class Rising(Toy):
+        def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            self.asked.append(("train", 0))
+            return super().loss(model, batch) + len(self.asked) / 4
+
+    found = train(Rising(), SGD, {"lr": 0.0}, number=0, seed=0, passes=400, split="tune")
+    assert found.diverged and found.loss is None and 40 < found.passes < 300
 
 
 def test_state_is_measured() -> None:

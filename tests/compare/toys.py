@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from poise.catalog import Method, Paper, Space, log_uniform
-from poise.compare.results import Interval, MethodResult, Results, Run, Settings, Verdict
+from poise.compare.results import Interval, MethodResult, Results, Run, Settings, Speedup, Timing, Verdict
 from poise.compare.tasks import Split
 
-SETTINGS = Settings(trials=3, tune_steps=6, steps=8, seeds=3, seed=0)
+SETTINGS = Settings.model_validate(dict(trials=3, tune_steps=6, steps=8, seeds=3, seed=0, budgets=()))
 
 
 class Toy:
@@ -73,15 +73,17 @@ def without_seconds(results: Results) -> dict[str, Any]:
     """What two equal studies must agree on to the bit: everything but the clock."""
     found = results.model_dump()
     for method in found["methods"]:
-        for run in [*method["trials"], *method["finals"]]:
-            del run["seconds_per_step"], run["optimizer_seconds_per_step"]
+        del method["timing"]
+    for one in [*found["methods"], *found["budgets"]]:
+        for run in [*one.get("trials", []), *one.get("finals", []), *one.get("runs", [])]:
+            del run["seconds"]
     return found
 
 
 def run(number: int = 0, loss: float | None = 1.0, **other: Any) -> Run:
     """A finished run."""
     known: dict[str, Any] = dict(seed=0, hyper={"lr": 0.1}, passes=4, initial_loss=2.0, diverged=loss is None, curve=[(4, 1.0)])
-    known |= dict(parameters=10, state_bytes=80, seconds_per_step=0.002, optimizer_seconds_per_step=0.0005)
+    known |= dict(parameters=10, state_bytes=80, seconds=0.002)
     return Run(number=number, loss=loss, **(known | other))
 
 
@@ -94,14 +96,19 @@ def results(edges: dict[str, Any] | None = None) -> Results:
             name=name,
             method="adamw",
             arxiv=None,
+            fixed={},
             space={},
+            widened={},
             trials=[run()],
             best=0,
             edges=edges or {},
+            tuning_gap=None,
             finals=[run(), run(1)],
             final=one,
             to_best=zero,
             to_reference=zero,
+            speedup=Speedup(passes=8.0, ratio=1.0, low=0.9, high=1.1, bound="exact"),
+            timing=Timing(seconds_per_step=0.002, optimizer_seconds_per_step=0.0005, ratio=1.0, low=0.9, high=1.1, rounds=3),
             divergences=0,
         )
         for name in ("adamw", "again")
@@ -110,9 +117,13 @@ def results(edges: dict[str, Any] | None = None) -> Results:
         task="toy",
         unit="nats",
         fingerprint="0",
+        optimum=None,
         settings=SETTINGS,
         reference="adamw",
+        budgets=[],
         methods=methods,
-        verdict=Verdict(ranking=["adamw", "again"], leaders=["adamw", "again"], sentence="adamw and again tie"),
+        verdict=Verdict(
+            ranking=["adamw", "again"], leaders=["adamw", "again"], halfway=["adamw", "again"], sentence="adamw and again tie"
+        ),
         environment={},
     )

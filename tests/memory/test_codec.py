@@ -144,8 +144,12 @@ def test_upper_takes_the_smallest_value_of_the_grid_that_is_not_below(name: str)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_without_noise_the_nearest_value_of_the_grid_is_chosen(name: str, kind: Kind, data: st.DataObject) -> None:
-    """Against a search of the whole table; a nonneg entry above zero takes the nearest that is not zero."""
+    """Against a search of the whole table; a nonneg entry above zero takes the nearest that is not zero.
+
+    int8-linear keeps roots of second moments, so there it is the root that takes the nearest.
+    """
     codec = codec_of(name)
+    kept = torch.sqrt if name == "int8-linear" and kind == "nonneg" else torch.clone
     low = -1.0 if kind == "signed" else 0.0
     values = data.draw(st.lists(st.floats(low, 1.0, width=32), min_size=1, max_size=64))
     exponent = data.draw(st.integers(-60, 60))
@@ -154,11 +158,11 @@ def test_without_noise_the_nearest_value_of_the_grid_is_chosen(name: str, kind: 
     x[0, 1 : 1 + len(values)] = torch.tensor(values)
     table = grid(codec, kind).double()
     decoded = through(codec, x * 2.0**exponent, kind).double() / 2.0**exponent
-    table = table[table > 0] if kind == "nonneg" else table
-    nearest = (x.double()[..., None] - table).abs().amin(-1)
-    error = (x.double() - decoded).abs()
+    table = kept(table[table > 0] if kind == "nonneg" else table)
+    nearest = (kept(x.double())[..., None] - table).abs().amin(-1)
+    error = (kept(x.double()) - kept(decoded)).abs()
     checked = x > 0 if kind == "nonneg" else torch.ones_like(x, dtype=torch.bool)
-    assert (error <= nearest + 1e-6 * x.abs())[checked].all()
+    assert (error <= nearest + 1e-6 * kept(x.double().abs()))[checked].all()
 
 
 @pytest.mark.parametrize("kind", ["signed", "nonneg"])

@@ -12,8 +12,9 @@ Needs `pip install "poise[compare]"`.
 
 from __future__ import annotations
 
+from poise.compare.entries import Entry
 from poise.compare.journal import Journal
 from poise.compare.results import Results, Settings
 from poise.compare.study import compare
 
-__all__ = ["Journal", "Results", "Settings", "compare"]
+__all__ = ["Entry", "Journal", "Results", "Settings", "compare"]

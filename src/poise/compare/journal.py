@@ -34,11 +34,20 @@ class Job:
     code: str  # digest
     entry: str  # an alias is another entry, so that it is really run again
     method: str
+    fixed: Mapping[str, Any]
     hyper: Mapping[str, Any]
     number: int
     seed: int
     passes: int
     split: Split
+    threads: int
+    device: str
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        what = f"trial {self.number + 1}" if self.split == "tune" else f"seed {self.number + 1}"
+        return f"{self.entry}: {what}, {self.passes} passes"
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""Which hyper-parameters a trial gets: a function of (seed, method, number) and nothing else.
+"""Which hyper-parameters a trial gets: a function of (seed, method, number), and for the last trials of what was best so far.
 
 So a resumed, a parallel and a sequential study draw the same trials, and one method under two names gets the same ones twice.
 """
@@ -9,15 +9,20 @@ import hashlib
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from poise.catalog import Method, Space
+from poise.compare.entries import Entry, as_entry
 
 Side = Literal["low", "high"]
 EDGE = 0.05  # share of a range, in the scale it is drawn on, that counts as its edge
+WIDER = (0.25, 0.5)  # a range is widened from this share of it inside its edge to this share outside
+NO_EDGE = {("weight_decay", "low")}  # below it there is only no decay, which the least of the range already is
+RESERVE = 4  # one trial in so many waits to see whether the best of the others lies at an edge
 
 
-def draw(method: Method, seed: int, number: int) -> dict[str, Any]:
+def draw(entry: Entry | Method, seed: int, number: int) -> dict[str, Any]:
     """The hyper-parameters of trial `number`.
 
     Trial 0 is the method's own default wherever that lies inside the space: tuning may never lose to not tuning. The others are
@@ -27,14 +32,48 @@ def draw(method: Method, seed: int, number: int) -> dict[str, Any]:
     """
     if number < 0:
         raise ValueError(f"number={number}: trials are numbered from 0")
-    known = defaults(method) if number == 0 else {}
+    entry = as_entry(entry)
+    known = defaults(entry.method) if number == 0 else {}
     chosen = {}
-    for (name, space), alpha in zip(method.tune.items(), steps(len(method.tune)), strict=True):
+    for (name, space), alpha in zip(entry.space.items(), steps(len(entry.space)), strict=True):
         if name in known and inside(space, known[name]):
             chosen[name] = known[name]
         else:
-            chosen[name] = place(space, (shift(seed, method.name, name) + number * alpha) % 1.0)
+            chosen[name] = place(space, (shift(seed, entry.method.name, name) + number * alpha) % 1.0)
     return chosen
+
+
+def reserved(trials: int) -> int:
+    """How many of a method's trials wait until the best of the others is known."""
+    return trials // RESERVE
+
+
+def widen(space: Mapping[str, Space], best: Mapping[str, Any]) -> dict[str, Space]:
+    """Wider ranges for the hyper-parameters whose best value lies at an edge; {} if none does.
+
+    Only logarithmic ranges are: those of rates and decays have no end of their own, while a momentum cannot pass 1. The new
+    range begins well inside the old one and leaves it by half of its length, in the scale it is drawn on.
+    """
+    wider = {}
+    for name, value in best.items():
+        old = space[name]
+        if old.kind == "log_uniform" and (side := edge(old, value)) is not None and (name, side) not in NO_EDGE:
+            span = old.high / old.low
+            if side == "high":
+                wider[name] = Space("log_uniform", old.high * span ** -WIDER[0], old.high * span ** WIDER[1])
+            else:
+                wider[name] = Space("log_uniform", old.low * span ** -WIDER[1], old.low * span ** WIDER[0])
+    return wider
+
+
+def draw_wider(entry: Entry, wider: Mapping[str, Space], best: Mapping[str, Any], seed: int, number: int) -> dict[str, Any]:
+    """The best hyper-parameters so far, with those at an edge drawn anew from the wider ranges."""
+    return {**best, **draw(Entry(replace(entry.method, tune=dict(wider))), seed, number)}
+
+
+def union(space: Space, wider: Space | None) -> Space:
+    """The range that both cover."""
+    return space if wider is None else replace(space, low=min(space.low, wider.low), high=max(space.high, wider.high))
 
 
 def steps(dimensions: int) -> list[float]:

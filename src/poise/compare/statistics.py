@@ -1,14 +1,15 @@
-"""How sure a comparison is: t intervals over paired seeds, and a verdict that calls a tie a tie."""
+"""How sure a comparison is: intervals over paired seeds, what tuning owes to luck, and a verdict that calls a tie a tie."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from scipy.special import stdtrit
 
-from poise.compare.results import Interval, Verdict
+from poise.compare.results import Interval, Run
 
 CONFIDENCE = 0.95
 
@@ -37,18 +38,44 @@ def paired(ours: Losses, theirs: Losses) -> Interval | None:
     return interval([a - b if a is not None and b is not None else None for a, b in pairs])
 
 
-def verdict(losses: Mapping[str, Losses]) -> Verdict:
-    """Who wins, if anyone: the lowest mean ties with every method whose paired difference to it may be 0.
+def gap(trials: Sequence[Run]) -> float | None:
+    """How far the second-lowest loss among a method's trials is above the lowest; None with fewer than two.
+
+    About as much may be luck in the draws: were losses near the best spread as those of two hyper-parameters around a smooth
+    optimum, this gap would have the same distribution as the distance from the best trial to that optimum.
+    """
+    losses = sorted(run.loss for run in trials if run.loss is not None and not run.diverged)
+    return losses[1] - losses[0] if len(losses) > 1 else None
+
+
+class Decision(NamedTuple):
+    """A verdict without what the middle of the runs would have said."""
+
+    ranking: list[str]
+    leaders: list[str]
+    sentence: str
+
+
+def verdict(losses: Mapping[str, Losses], gaps: Mapping[str, float | None] | None = None) -> Decision:
+    """Who wins, if anyone: the lowest mean ties with every method that seeds or luck in tuning could have put in its place.
 
     A method that diverged on any seed is out of the ranking.
+
+    Args:
+        gaps: of every method, as `gap` gives them; one that is missing or None counts as 0.
     """
+    gaps = gaps or {}
     means = {name: found.mean for name, values in losses.items() if (found := interval(values)) is not None}
     ranking = sorted(means, key=means.__getitem__)
     if not ranking:
-        return Verdict(ranking=[], leaders=[], sentence="no verdict: every method diverged on at least one seed")
+        return Decision([], [], "no verdict: every method diverged on at least one seed")
     best = ranking[0]
-    leaders = [name for name in ranking if name == best or may_be_zero(paired(losses[name], losses[best]))]
-    return Verdict(ranking=ranking, leaders=leaders, sentence=sentence(losses, ranking, leaders))
+    leaders = [
+        name
+        for name in ranking
+        if name == best or may_be_luck(paired(losses[name], losses[best]), gaps.get(name), gaps.get(best))
+    ]
+    return Decision(ranking, leaders, sentence(losses, ranking, leaders))
 
 
 def may_be_zero(difference: Interval | None) -> bool:
@@ -58,21 +85,41 @@ def may_be_zero(difference: Interval | None) -> bool:
     return difference.low <= 0.0 <= difference.high
 
 
+def may_be_luck(difference: Interval | None, *gaps: float | None) -> bool:
+    """Whether seeds, or other draws of the two methods' trials, could have made the difference.
+
+    The half width of the interval and the two gaps are independent, so they add by their squares.
+    """
+    if difference is None or difference.low is None or difference.high is None:
+        return True
+    return abs(difference.mean) <= math.hypot(difference.high - difference.mean, *(found or 0.0 for found in gaps))
+
+
 def sentence(losses: Mapping[str, Losses], ranking: list[str], leaders: list[str]) -> str:
     """The verdict in words."""
     best, seeds = ranking[0], len(losses[ranking[0]])
     mean = interval(losses[best])
     assert mean is not None
+    shown = places(mean.mean)
     if len(leaders) > 1:
-        why = "one seed tells nothing" if seeds == 1 else f"paired differences over {seeds} seeds may be 0 at {CONFIDENCE:.0%}"
-        return f"{' and '.join([', '.join(leaders[:-1]), leaders[-1]])} tie at {mean.mean:.4f} ({why})"
+        why = "one seed tells nothing" if seeds == 1 else f"{seeds} paired seeds at {CONFIDENCE:.0%}, and luck in tuning"
+        return f"{' and '.join([', '.join(leaders[:-1]), leaders[-1]])} tie at {mean.mean:.{shown}f} ({why})"
     if len(losses) == 1:
-        return f"{best} reaches {mean.mean:.4f}; there was nothing to compare it with"
+        return f"{best} reaches {mean.mean:.{shown}f}; there was nothing to compare it with"
     if len(ranking) == 1:
-        return f"{best} wins at {mean.mean:.4f}: every other method diverged on at least one seed"
+        return f"{best} wins at {mean.mean:.{shown}f}: every other method diverged on at least one seed"
     gap = paired(losses[ranking[1]], losses[best])
     assert gap is not None and gap.low is not None and gap.high is not None
+    at = places(gap.mean)
     return (
-        f"{best} wins at {mean.mean:.4f}: {gap.mean:.4f} below {ranking[1]} "
-        f"({CONFIDENCE:.0%} interval {gap.low:.4f} to {gap.high:.4f}, {seeds} paired seeds)"
+        f"{best} wins at {mean.mean:.{shown}f}: {gap.mean:.{at}f} below {ranking[1]} "
+        f"({CONFIDENCE:.0%} interval {gap.low:.{at}f} to {gap.high:.{at}f}, {seeds} paired seeds)"
     )
+
+
+def places(value: float) -> int:
+    """Decimal places that show a large loss to four places and a small one to three digits."""
+    shown = 4
+    while shown < 10 and 0 < abs(value) < 10.0 ** (2 - shown):
+        shown += 1
+    return shown

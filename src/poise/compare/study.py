@@ -1,42 +1,30 @@
-"""The protocol of a comparison.
+"""The protocol: equal tuning on one split, then paired seeds to the end of the schedule, weighed on another split.
 
-1. Every method gets the same number of trials, each a finished schedule of the same length on one seed.
-2. The trial with the lowest loss on the split `tune` is the method's choice.
-3. The choice is run again on seeds that no trial has seen, paired across methods: run i of every method starts from the same
-   weights and reads the same data in the same order, to the end of its schedule.
-4. The score is the final loss on the split `report`, which chose nothing.
-
-Trials and seeds go round all methods before the next number is begun, so that a machine that slows down slows all of them.
+1. Every method gets the same number of trials. The last of them wait for the others: where the best so far lies at an edge of
+   its space they look beyond that edge, so that widening costs trials that count.
+2. The trial with the lowest loss on `tune` is the method's choice, and is run again on seeds no trial has seen.
+3. The reference is finished at further budgets too, each with the better of its two best trials, for the speed-ups.
+4. Seconds are measured last, apart from all runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from poise.catalog import Method
+from poise.catalog import Method, Space
 from poise.compare import provenance, sampler
+from poise.compare.entries import Entry, as_entry
 from poise.compare.journal import Job, Journal
-from poise.compare.results import MethodResult, Results, Run, Settings
-from poise.compare.statistics import interval, paired, verdict
+from poise.compare.plan import CANDIDATES, check, choose, further_budgets, ranked, reference_of, trials_of
+from poise.compare.results import Results, Run, Settings
+from poise.compare.summary import Found, summary
 from poise.compare.tasks import Split, Task
-from poise.compare.train import train
+from poise.compare.timing import time_steps
+from poise.compare.workers import Inline, Watch, Workers
 
 SEEDS_APART = 10_000  # between two studies, so that neighbours share no run
-
-
-class Watch(Protocol):
-    """Who looks on while a comparison runs."""
-
-    def begin(self, what: str) -> None:
-        """A run begins."""
-
-    def advance(self, passes: int) -> None:
-        """So many forward and backward passes were taken."""
-
-    def drop(self, passes: int) -> None:
-        """So many passes will not be taken: the run was in the journal, or it diverged."""
 
 
 class Nobody:
@@ -48,149 +36,152 @@ class Nobody:
 
 
 def compare(
-    task: Task, methods: Mapping[str, Method], settings: Settings, journal: Journal, watch: Watch | None = None
+    task: Task,
+    methods: Mapping[str, Entry | Method],
+    settings: Settings,
+    journal: Journal,
+    watch: Watch | None = None,
+    *,
+    workers: Workers | None = None,
+    timing: bool = True,
 ) -> Results:
     """Weigh `methods` on `task`.
 
     Args:
         methods: what is compared, by the name it is shown under. One method may stand there under two names, which must tie.
         journal: where finished runs are kept; what it already holds is not run again.
+        workers: where runs are made; by default here, one after another. It changes nothing but how long that takes.
+        timing: whether to measure seconds per step.
 
     Raises:
         ValueError: if `methods` is empty or names something that does not train.
     """
-    check(methods)
-    study = Study(task, settings, journal, watch or Nobody())
-    trials: dict[str, list[Run]] = {name: [] for name in methods}
-    for number in range(settings.trials):
-        for name, method in methods.items():
-            if number < trials_of(method, settings):
-                trials[name].append(study.trial(name, method, number))
-    best = {name: choose(runs) for name, runs in trials.items()}
-    finals: dict[str, list[Run]] = {name: [] for name in methods}
-    for number in range(settings.seeds):
-        for name, method in methods.items():
-            chosen = best[name]
-            if chosen is None:
-                study.watch.drop(settings.steps)
-            else:
-                finals[name].append(study.final(name, method, trials[name][chosen].hyper, number))
-    return summary(task, methods, settings, trials, best, finals)
-
-
-def budget(methods: Mapping[str, Method], settings: Settings) -> int:
-    """Forward and backward passes of the whole comparison."""
-    tuning = sum(trials_of(method, settings) for method in methods.values()) * settings.tune_steps
-    return tuning + len(methods) * settings.seeds * settings.steps
+    entries = {name: as_entry(entry) for name, entry in methods.items()}
+    check(entries)
+    study = Study(task, entries, settings, journal, watch or Nobody(), workers or Inline(task, entries))
+    found = Found(study.tune())
+    study.choose(found)
+    study.finish(found)
+    study.other_budgets(found)
+    if timing:
+        study.watch.begin("seconds per step")
+        chosen = {name: found.trials[name][best].hyper for name, best in found.best.items() if best is not None}
+        seed = settings.seed * SEEDS_APART
+        found.timing = time_steps(task, entries, chosen, reference_of(entries), seed=seed, device=settings.device)
+    return summary(task, entries, settings, found, reference_of(entries), provenance.environment())
 
 
 @dataclass(frozen=True)
 class Study:
-    """How one run of the comparison is made, or taken from the journal."""
+    """One comparison's runs, made or taken from the journal."""
 
     task: Task
+    entries: Mapping[str, Entry]
     settings: Settings
     journal: Journal
     watch: Watch
+    workers: Workers
+    spaces: dict[str, dict[str, Space]] = field(default_factory=dict)  # what the journal is told a value was drawn from
 
-    def trial(self, name: str, method: Method, number: int) -> Run:
-        seed = self.settings.seed * SEEDS_APART
-        hyper = sampler.draw(method, self.settings.seed, number)
-        self.watch.begin(f"{name}: trial {number + 1} of {trials_of(method, self.settings)}")
-        return self.run(self.job(name, method, hyper, number, seed, self.settings.tune_steps, "tune"), method)
+    # -- the phases ---------------------------------------------------------------------------------------------------
 
-    def final(self, name: str, method: Method, hyper: Mapping[str, object], number: int) -> Run:
-        seed = self.settings.seed * SEEDS_APART + 1 + number
-        self.watch.begin(f"{name}: seed {number + 1} of {self.settings.seeds}")
-        return self.run(self.job(name, method, hyper, number, seed, self.settings.steps, "report"), method)
+    def tune(self) -> dict[str, list[Run]]:
+        """The trials that wait for nothing, of all methods."""
+        wanted = []
+        for number in range(self.settings.trials):
+            for name, entry in self.entries.items():
+                if number < trials_of(entry, self.settings) - self.reserved(entry):
+                    hyper = sampler.draw(entry, self.settings.seed, number)
+                    wanted.append(self.trial(name, hyper, number, self.settings.tune_steps))
+        return self.by_entry(wanted)
 
-    def job(
-        self, name: str, method: Method, hyper: Mapping[str, object], number: int, seed: int, passes: int, split: Split
-    ) -> Job:
-        code = provenance.code(method)
-        return Job(self.task.name, self.task.fingerprint, code, name, method.name, hyper, number, seed, passes, split)
+    def choose(self, found: Found) -> None:
+        """The reserved trials, then every method's best."""
+        wanted = []
+        for name, entry in self.entries.items():
+            best = choose(found.trials[name])
+            hyper = {} if best is None else found.trials[name][best].hyper
+            wider = sampler.widen(entry.space, hyper) if self.reserved(entry) else {}
+            found.widened[name] = wider
+            self.spaces[name] = {key: sampler.union(space, wider.get(key)) for key, space in entry.space.items()}
+            for number in range(len(found.trials[name]), trials_of(entry, self.settings)):
+                if wider:
+                    drawn = sampler.draw_wider(entry, wider, hyper, self.settings.seed, number)
+                else:
+                    drawn = sampler.draw(entry, self.settings.seed, number)
+                wanted.append(self.trial(name, drawn, number, self.settings.tune_steps))
+        for name, runs in self.by_entry(wanted).items():
+            found.trials[name] += runs
+        found.best = {name: choose(runs) for name, runs in found.trials.items()}
 
-    def run(self, job: Job, method: Method) -> Run:
-        found = self.journal.find(job)
-        if found is None:
-            found = train(
-                self.task,
-                method,
-                dict(job.hyper),
-                number=job.number,
-                seed=job.seed,
-                passes=job.passes,
-                split=job.split,
-                advance=self.watch.advance,
-            )
-            self.journal.add(job, found, method.tune)
-            self.watch.drop(job.passes - found.passes)
-        else:
-            self.watch.drop(job.passes)
+    def finish(self, found: Found) -> None:
+        """Every method's choice on all seeds."""
+        wanted = []
+        for number in range(self.settings.seeds):
+            for name, best in found.best.items():
+                if best is None:
+                    self.watch.drop(self.settings.steps)
+                else:
+                    wanted.append(self.final(name, found.trials[name][best].hyper, number, self.settings.steps))
+        found.finals = self.by_entry(wanted)
+
+    def other_budgets(self, found: Found) -> None:
+        """The reference at every further budget: its best trials compete there, the better is run on all seeds."""
+        name = reference_of(self.entries)
+        passes = further_budgets(self.entries, self.settings)
+        best = ranked(found.trials[name])[:CANDIDATES]
+        expected = min(CANDIDATES, trials_of(self.entries[name], self.settings))
+        competing = best if len(best) > 1 else []
+        self.watch.drop(
+            sum(passes) * ((expected if expected > 1 else 0) - len(competing) + (0 if best else self.settings.seeds))
+        )
+        if not best:
+            return
+        hyper = {number: found.trials[name][number].hyper for number in best}
+        tried = iter(self.runs([self.trial(name, hyper[number], number, at) for at in passes for number in competing]))
+        chosen = {}
+        for at in passes:
+            better = choose([next(tried) for _ in competing])
+            chosen[at] = hyper[better if better is not None else best[0]]
+        wanted = [self.final(name, chosen[at], number, at) for at in passes for number in range(self.settings.seeds)]
+        runs = iter(self.runs(wanted))
+        found.budgets = {at: (chosen[at], [next(runs) for _ in range(self.settings.seeds)]) for at in passes}
+
+    # -- single runs --------------------------------------------------------------------------------------------------
+
+    def reserved(self, entry: Entry) -> int:
+        return sampler.reserved(trials_of(entry, self.settings))
+
+    def trial(self, name: str, hyper: Mapping[str, Any], number: int, passes: int) -> Job:
+        return self.job(name, hyper, number, self.settings.seed * SEEDS_APART, passes, "tune")
+
+    def final(self, name: str, hyper: Mapping[str, Any], number: int, passes: int) -> Job:
+        return self.job(name, hyper, number, self.settings.seed * SEEDS_APART + 1 + number, passes, "report")
+
+    def job(self, name: str, hyper: Mapping[str, Any], number: int, seed: int, passes: int, split: Split) -> Job:
+        entry, task = self.entries[name], self.task
+        code = provenance.code(entry.method)
+        threads, device = self.settings.threads, self.settings.device
+        return Job(
+            task.name, task.fingerprint, code, name, entry.method.name, entry.fixed, hyper, number, seed, passes, split,
+            threads, device,
+        )  # fmt: skip
+
+    def by_entry(self, jobs: Sequence[Job]) -> dict[str, list[Run]]:
+        """The runs of `jobs`, in their order, by entry."""
+        found: dict[str, list[Run]] = {name: [] for name in self.entries}
+        for job, run in zip(jobs, self.runs(jobs), strict=True):
+            found[job.entry].append(run)
         return found
 
-
-def trials_of(method: Method, settings: Settings) -> int:
-    """Trials a method gets: what has nothing to tune would run the same trial again and again."""
-    return settings.trials if method.tune else 1
-
-
-def choose(trials: list[Run]) -> int | None:
-    """Number of the trial with the lowest loss, the first of equals; None if every one diverged."""
-    healthy = [(run.loss, run.number) for run in trials if run.loss is not None and not run.diverged]
-    return min(healthy)[1] if healthy else None
-
-
-def check(methods: Mapping[str, Method]) -> None:
-    if not methods:
-        raise ValueError("methods: at least one is needed")
-    for name, method in methods.items():
-        if method.kind != "optimizer":
-            raise ValueError(f"methods: {name!r} is a {method.kind} of family {method.family}; only optimizers can be compared")
-
-
-def summary(
-    task: Task,
-    methods: Mapping[str, Method],
-    settings: Settings,
-    trials: Mapping[str, list[Run]],
-    best: Mapping[str, int | None],
-    finals: Mapping[str, list[Run]],
-) -> Results:
-    """All that was found, weighed."""
-    losses = {name: [run.loss for run in runs] or [None] * settings.seeds for name, runs in finals.items()}
-    decision = verdict(losses)
-    reference = next((name for name, method in methods.items() if method.name == "adamw"), next(iter(methods)))
-    rows = []
-    for name, method in methods.items():
-        number = best[name]
-        hyper = {} if number is None else trials[name][number].hyper
-        edges: dict[str, sampler.Side] = {
-            key: side for key, value in hyper.items() if (side := sampler.edge(method.tune[key], value))
-        }
-        rows.append(
-            MethodResult(
-                name=name,
-                method=method.name,
-                arxiv=method.paper.arxiv,
-                space={key: asdict(space) for key, space in method.tune.items()},
-                trials=trials[name],
-                best=number,
-                edges=edges,
-                finals=finals[name],
-                final=interval(losses[name]),
-                to_best=paired(losses[name], losses[decision.ranking[0]]) if decision.ranking else None,
-                to_reference=paired(losses[name], losses[reference]),
-                divergences=sum(run.diverged for run in [*trials[name], *finals[name]]),
-            )
-        )
-    return Results(
-        task=task.name,
-        unit=task.unit,
-        fingerprint=task.fingerprint,
-        settings=settings,
-        reference=reference,
-        methods=rows,
-        verdict=decision,
-        environment=provenance.environment(),
-    )
+    def runs(self, jobs: Sequence[Job]) -> list[Run]:
+        """The runs of `jobs`, from the journal where it has them; what is made is written down as soon as it is finished."""
+        found = [self.journal.find(job) for job in jobs]
+        self.watch.drop(sum(job.passes for job, run in zip(jobs, found, strict=True) if run is not None))
+        missing = [place for place, run in enumerate(found) if run is None]
+        for which, run in self.workers.run([jobs[place] for place in missing], self.watch):
+            job = jobs[missing[which]]
+            self.journal.add(job, run, self.spaces.get(job.entry, self.entries[job.entry].space))
+            self.watch.drop(job.passes - run.passes)
+            found[missing[which]] = run
+        return [run for run in found if run is not None]

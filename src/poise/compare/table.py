@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from poise.compare.results import Interval, MethodResult, Results
+from poise.compare.results import Interval, MethodResult, Results, Speedup, Timing
+from poise.compare.statistics import places
 
 
 def render(results: Results) -> RenderableType:
@@ -17,10 +18,19 @@ def render(results: Results) -> RenderableType:
     unit = f" in {results.unit}" if results.unit else ""
     table = Table(
         title=f"{results.task}: final loss{unit} after {settings.steps} passes",
-        caption=f"tuning: {settings.trials} × {settings.tune_steps} passes; {settings.seeds} paired seeds; 95 % t intervals",
+        caption=f"tuning: {settings.trials} × {settings.tune_steps} passes; {settings.seeds} paired seeds; 95 % intervals",
     )
     table.add_column("method", no_wrap=True)
-    for column in ("final loss", f"minus {results.reference}", "state B/param", "ms/step", "update ms", "lr", "diverged"):
+    for column in (
+        "final loss",
+        f"minus {results.reference}",
+        "speed-up",
+        "state B/param",
+        "ms/step",
+        "ratio",
+        "lr",
+        "diverged",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for found in sorted(results.methods, key=lambda found: found.final.mean if found.final else float("inf")):
         table.add_row(*row(found, is_reference=found.name == results.reference))
@@ -29,14 +39,14 @@ def render(results: Results) -> RenderableType:
 
 def row(found: MethodResult, is_reference: bool) -> list[str]:
     runs = found.finals or found.trials
-    lr = found.trials[found.best].hyper.get("lr") if found.best is not None else None
+    lr = found.fixed.get("lr", found.trials[found.best].hyper.get("lr") if found.best is not None else None)
     return [
         found.name,
         spread(found.final),
         "" if is_reference else spread(found.to_reference, sign="+"),
+        "" if is_reference else times(found.speedup),
         f"{median(run.state_bytes / run.parameters for run in runs):.2f}",
-        f"{1e3 * median(run.seconds_per_step for run in runs):.1f}",
-        f"{1e3 * median(run.optimizer_seconds_per_step for run in runs):.1f}",
+        *seconds(found.timing),
         "" if lr is None else f"{lr:g}{'!' if 'lr' in found.edges else ''}",
         f"{found.divergences} of {len(found.trials) + len(found.finals)}",
     ]
@@ -46,15 +56,37 @@ def spread(value: Interval | None, sign: str = "") -> str:
     """Mean and half width."""
     if value is None:
         return "diverged"
-    half = "" if value.low is None or value.high is None else f" ± {(value.high - value.low) / 2:.4f}"
-    return f"{value.mean:{sign}.4f}{half}"
+    shown = places(value.mean)
+    half = "" if value.low is None or value.high is None else f" ± {(value.high - value.low) / 2:.{shown}f}"
+    return f"{value.mean:{sign}.{shown}f}{half}"
+
+
+def times(value: Speedup | None) -> str:
+    if value is None:
+        return ""
+    if value.bound != "exact":
+        return f"{'≥' if value.bound == 'at least' else '≤'} {value.ratio:.2f}"
+    return f"{value.ratio:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def seconds(value: Timing | None) -> tuple[str, str]:
+    return ("", "") if value is None else (f"{1e3 * value.seconds_per_step:.3g}", f"{value.ratio:.2f}")
 
 
 def notes(results: Results) -> list[str]:
     """What could make the table say less than it seems to."""
-    found = [
-        f"! {method.name}: {name} was chosen at the {side} end of its space; a wider space might do better"
-        for method in results.methods
-        for name, side in method.edges.items()
-    ]
-    return [*found, "Seconds are indicative: they are measured inside the runs, whatever else the machine was doing."]
+    found = []
+    for method in results.methods:
+        found += [
+            f"! {method.name}: {name} was chosen at the {side} end of its space; a wider space might do better"
+            for name, side in method.edges.items()
+        ]
+        if method.widened:
+            found.append(f"{method.name}: the last trials looked beyond the first range of {', '.join(method.widened)}")
+    unfinished = [method.name for method in results.methods if method.speedup and method.speedup.bound != "exact"]
+    if unfinished:
+        steps = ", ".join(str(point.passes) for point in results.budgets)
+        found.append(
+            f"speed-ups of {', '.join(unfinished)} are bounds: {results.reference} was finished at {steps} passes only"
+        )
+    return found

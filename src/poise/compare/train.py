@@ -1,119 +1,60 @@
-"""One run: a method with given hyper-parameters, from fresh weights to the end of its schedule."""
+"""One run: an entry with given hyper-parameters, from fresh weights to the end of its schedule."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from poise.catalog import Method
+from poise.compare import randomness
+from poise.compare.entries import Entry, as_entry
+from poise.compare.loop import Loop
 from poise.compare.results import Run
 from poise.compare.tasks import Split, Task
-
-WARMUP = 0.1  # share of the run
-CURVE_POINTS = 50
 
 
 def train(
     task: Task,
-    method: Method,
-    hyper: dict[str, Any],
+    entry: Entry | Method,
+    hyper: Mapping[str, Any],
     *,
     number: int,
     seed: int,
     passes: int,
     split: Split,
+    device: str = "cpu",
     advance: Callable[[int], None] = lambda done: None,
 ) -> Run:
-    """Train `task.model()` for `passes` forward and backward passes, then measure the loss on `split`.
-
-    Initial weights and the order of the data hang on `seed` alone, so runs of two methods with one seed are a pair. A step that
-    calls its closure twice pays for two passes, and its schedule with it. A run stops where its loss is not finite.
+    """Train for `passes` forward and backward passes, then measure the loss on `split`. A hopeless run is not finished.
 
     Args:
         number: written into the result.
         advance: told after every step how many passes it took.
-
-    Raises:
-        RuntimeError: if the optimizer takes a step without a forward pass.
     """
-    losses: list[float] = []  # of every pass
-    seconds: list[tuple[float, float]] = []  # of every step: all of it, and its passes
-    curve: list[tuple[int, float]] = []
-    recent: list[float] = []  # losses before each step since the last point of the curve
-    inside = 0.0
-
-    def closure() -> Tensor:
-        nonlocal inside
-        started = time.perf_counter()
-        optimizer.zero_grad()
-        loss = task.loss(model, batch)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        inside += time.perf_counter() - started
-        return loss
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = task.model()
-        optimizer = method.build(model, **hyper)
-        schedule = LambdaLR(optimizer, lambda _: warmup_then_decay(len(losses), passes))
-        stream = task.batches("train", seed)
-        model.train()
-        while len(losses) < passes:
-            batch, before, inside = next(stream), len(losses), 0.0
-            started = time.perf_counter()
-            optimizer.step(closure)
-            seconds.append((time.perf_counter() - started, inside))
-            if len(losses) == before:
-                raise RuntimeError(f"{method.name} took a step without calling its closure: there is no pass to count")
-            schedule.step()
-            advance(len(losses) - before)
-            if not all(map(math.isfinite, losses[before:])):
-                break
-            recent.append(losses[before])
-            since = len(losses) - (curve[-1][0] if curve else 0)
-            if since >= passes / CURVE_POINTS or len(losses) >= passes:
-                curve.append((len(losses), statistics.fmean(recent)))
-                recent = []
-        loss = evaluate(task, model, split, seed) if all(map(math.isfinite, losses)) else math.nan
+    started, entry = time.perf_counter(), as_entry(entry)
+    with randomness.own(seed, device):
+        loop = Loop(task, lambda model: entry.build(model, **hyper), seed=seed, passes=passes, device=device)
+        while not loop.finished and not loop.hopeless:
+            advance(loop.step())
+        loss = loop.evaluate(split)
     return Run(
         number=number,
         seed=seed,
-        hyper=hyper,
-        passes=len(losses),
+        hyper=dict(hyper),
+        passes=loop.done,
         loss=finite(loss),
-        initial_loss=finite(losses[0]),
-        diverged=not loss <= losses[0],
-        curve=curve,
-        parameters=sum(p.numel() for p in model.parameters()),
-        state_bytes=state_bytes(optimizer),
-        seconds_per_step=statistics.median(total for total, _ in seconds),
-        optimizer_seconds_per_step=statistics.median(total - inside for total, inside in seconds),
+        initial_loss=finite(loop.losses[0]),
+        diverged=not math.isfinite(loss),
+        curve=loop.curve(),
+        parameters=sum(p.numel() for p in loop.model.parameters()),
+        state_bytes=state_bytes(loop.optimizer),
+        seconds=time.perf_counter() - started,
     )
-
-
-def warmup_then_decay(done: int, passes: int) -> float:
-    """Factor on the learning rate: linear to 1 over the first tenth, then linear to 1/n of it at the last step.
-
-    Linear decay to zero has nothing to tune, and came out best among the schedules of Straight to Zero (arXiv 2502.15938).
-    """
-    warmup = max(1, round(WARMUP * passes))
-    return max(0.0, min((done + 1) / warmup, (passes - done) / max(1, passes - warmup), 1.0))
-
-
-@torch.no_grad()
-def evaluate(task: Task, model: nn.Module, split: Split, seed: int) -> float:
-    """Mean loss over the split's batches."""
-    model.eval()
-    return statistics.fmean(float(task.loss(model, batch)) for batch in task.batches(split, seed))
 
 
 def finite(value: float) -> float | None:

@@ -15,11 +15,14 @@ gated MLP: GLU Variants Improve Transformer (arXiv 2002.05202); Root Mean Square
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from poise.models import pretrained
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class GPT(nn.Module):
         if tokens.shape[-1] > limit:
             raise ValueError(f"tokens of length {tokens.shape[-1]}: at most max_position_embeddings={limit} are allowed")
         return self.lm_head(self.model(tokens))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
+        pretrained.save(self, Path(folder))
 
 
 class Decoder(nn.Module):

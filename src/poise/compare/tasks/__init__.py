@@ -6,25 +6,43 @@ stands in two of them.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 Split = Literal["train", "tune", "report"]
 
-# Tasks that need no download: name -> module with a class `Task`. Imported when asked for.
-EMBEDDED = {"code-lm": "poise.compare.tasks.code_lm"}
+# Tasks that need no download: name -> where its class is. Imported when asked for.
+EMBEDDED = {
+    "code-lm": "poise.compare.tasks.code_lm:Task",
+    "digits": "poise.compare.tasks.digits:Task",
+    "convex": "poise.compare.tasks.problems:Convex",
+    "ill-conditioned": "poise.compare.tasks.problems:IllConditioned",
+    "non-smooth": "poise.compare.tasks.problems:NonSmooth",
+    "matrix-recovery": "poise.compare.tasks.problems:MatrixRecovery",
+}
 
 
 class Task(Protocol):
-    """A problem that a method is tried on."""
+    """A problem that a method is tried on. It may also have `optimum`, the lowest loss there is."""
 
-    name: str
-    unit: str  # of the loss; may be empty
-    fingerprint: str  # digest of the data: two results may be laid side by side only if theirs are equal
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str:
+        """Of the loss; may be empty."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the data: two results may be laid side by side only if theirs are equal."""
+        ...
 
     def model(self) -> nn.Module:
         """A fresh model, initialised from torch's global generator, which the caller has seeded."""
@@ -46,9 +64,19 @@ def load(name: str) -> Task:
         ValueError: if there is no such task, or the file does not define `model`, `batches` and `loss`.
     """
     if name in EMBEDDED:
-        return importlib.import_module(EMBEDDED[name]).Task()
+        module, _, cls = EMBEDDED[name].partition(":")
+        return getattr(importlib.import_module(module), cls)()
     if name.endswith(".py"):
         from poise.compare.tasks.user import UserTask
 
         return UserTask(Path(name))
     raise ValueError(f"task {name!r} is unknown; known: {', '.join(EMBEDDED)}, or a FILE.py with model(), batches() and loss()")
+
+
+def array_digest(*arrays: np.ndarray) -> str:
+    """SHA-256 over shapes, dtypes and contents."""
+    whole = hashlib.sha256()
+    for array in arrays:
+        whole.update(f"{array.dtype.str}{array.shape}".encode())
+        whole.update(np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()

@@ -21,8 +21,8 @@ class UserTask:
     """The task in `path`.
 
     `batches(split)`, or `batches(split, seed)`, gives any iterable of batches for "train", "tune" and "report". A training
-    iterable that ends is started again: the next epoch. The file may also set `unit`, the loss's, and `fingerprint`, a string
-    that changes with the data it reads.
+    iterable that ends is started again: the next epoch. The file may also set `unit`, the loss's, `fingerprint`, a string that
+    changes with the data it reads, and `optimum`, the lowest loss there is.
 
     Raises:
         ValueError: if the file does not exist or lacks one of the three callables.
@@ -41,7 +41,11 @@ class UserTask:
         if missing:
             raise ValueError(f"task {str(path)!r} must define {', '.join(f'{name}()' for name in missing)}")
         self.unit = str(getattr(self.module, "unit", ""))
+        self.optimum: float | None = getattr(self.module, "optimum", None)
         self.fingerprint = hashlib.sha256(path.read_bytes() + str(getattr(self.module, "fingerprint", "")).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UserTask, (self.path.absolute(),)  # a worker process reads the file itself
 
     def model(self) -> nn.Module:
         return self.module.model()

@@ -1,0 +1,89 @@
+"""What is weighed, and how a user writes it: `adamw,again=adamw,quick=lion(lr=1e-3,state=int8)`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from poise import catalog
+from poise.catalog import Method, Space
+
+NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method, with the hyper-parameters and options that the user fixed; the rest of its space is tuned."""
+
+    method: Method
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def space(self) -> dict[str, Space]:
+        return {name: space for name, space in self.method.tune.items() if name not in self.fixed}
+
+    def build(self, model: nn.Module, **hyper: Any) -> Optimizer:
+        return self.method.build(model, **self.fixed, **hyper)
+
+
+def as_entry(entry: Entry | Method) -> Entry:
+    """A method alone is an entry with nothing fixed."""
+    return entry if isinstance(entry, Entry) else Entry(entry)
+
+
+def parse(methods: str) -> dict[str, Entry]:
+    """The entries of a list such as "adamw,again=adamw,lion(lr=1e-3)", by the name they are shown under.
+
+    Raises:
+        ValueError: if a name is taken twice or is not made of letters, digits, `.`, `_` and `-`, a setting is not
+            NAME=VALUE, or a method is unknown.
+    """
+    entries: dict[str, Entry] = {}
+    for text in split(methods):
+        head, settings, rest = text, "", ""
+        if "(" in text:
+            head, _, settings = text.partition("(")
+            settings, closed, rest = settings.rpartition(")")
+            if not closed or rest.strip():
+                raise ValueError(f"--methods {methods!r}: {text!r} must end with its closing parenthesis")
+        name, _, method = (part.strip() for part in head.partition("="))
+        if not NAME.fullmatch(name):
+            raise ValueError(f"--methods {methods!r}: {name!r} is no name; write METHOD or NAME=METHOD, separated by commas")
+        if name in entries:
+            raise ValueError(f"--methods {methods!r}: {name!r} stands twice; enter the second as NAME={method or name}")
+        entries[name] = Entry(catalog.get(method or name), dict(setting(part) for part in split(settings) if part.strip()))
+    return entries
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """ "lr=1e-3" as a name and a value; what is no Python literal is a string.
+
+    Raises:
+        ValueError: if there is no name or no value.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not name.isidentifier() or not equals or not value:
+        raise ValueError(f"{text.strip()!r}: a setting is written NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def split(text: str) -> Iterator[str]:
+    """`text` at its commas, but for those inside brackets."""
+    depth, piece = 0, ""
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            yield piece
+            piece = ""
+        else:
+            piece += letter
+    yield piece
