@@ -1,6 +1,6 @@
 """`results.json`: everything a comparison found, in a versioned schema that others can build on.
 
-Where a number is null, it was not finite: the run diverged.
+Where a number is null, it was not finite (the run diverged), or could not be known; the field says which.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Record(BaseModel):
@@ -24,11 +24,16 @@ class Record(BaseModel):
 class Settings(Record):
     """The budget, the same for every method, and the seed that everything random hangs on."""
 
-    trials: int = Field(8, ge=1, description="tuning trials per method")
+    trials: int = Field(8, ge=1, description="tuning trials per method, those in a widened space included")
     tune_steps: int = Field(300, ge=1, description="forward and backward passes per trial")
     steps: int = Field(300, ge=1, description="forward and backward passes per final run")
     seeds: int = Field(3, ge=1, le=9_999, description="final runs per method, paired across methods")
     seed: int = Field(0, ge=0, description="of the study")
+    budgets: tuple[float, ...] = Field(
+        (0.5, 2.0), description="further budgets at which the reference is finished, in units of `steps`; none: no speed-ups"
+    )
+    threads: int = Field(1, ge=1, description="of torch in each run: sums of floats hang on it, the number of workers does not")
+    device: str = Field("cpu", description="torch device of every run")
 
 
 class Run(Record):
@@ -40,20 +45,51 @@ class Run(Record):
     passes: int = Field(description="forward and backward passes taken")
     loss: float | None = Field(description="on the held-out split, at the end")
     initial_loss: float | None = Field(description="on the first training batch, before the first step")
-    diverged: bool = Field(description="the loss ended above the initial loss, or was not finite at some step")
+    diverged: bool = Field(description="a loss was not finite, or went and stayed above twice the initial loss")
     curve: list[tuple[int, float]] = Field(description="(passes, mean training loss since the point before)")
     parameters: int
     state_bytes: int = Field(description="of optimizer state, measured after the last step")
-    seconds_per_step: float = Field(description="median; indicative, since other runs may share the machine")
-    optimizer_seconds_per_step: float = Field(description="of that, outside the forward and backward passes")
+    seconds: float = Field(description="of the whole run, beside whatever else the machine was doing")
 
 
 class Interval(Record):
-    """A mean with its 95 % t interval; one value alone has no bounds."""
+    """A mean with its 95 % interval; one value alone has no bounds."""
 
     mean: float
     low: float | None
     high: float | None
+
+
+class Speedup(Record):
+    """The reference's budget that reaches the same final loss, divided by the method's own."""
+
+    passes: float = Field(description="that budget, between finished runs of the reference")
+    ratio: float = Field(description="above 1: the reference needs more passes")
+    low: float = Field(description="95 % bootstrap interval over the paired seeds, cut off where the reference was not run")
+    high: float
+    bound: Literal["exact", "at least", "at most"] = Field(
+        description="the last two: no finished run of the reference lies beyond"
+    )
+
+
+class Timing(Record):
+    """Seconds of a training step, measured apart from the runs, the steps of all methods taking turns in one process."""
+
+    seconds_per_step: float = Field(description="median")
+    optimizer_seconds_per_step: float = Field(description="median of what lies outside the forward and backward passes")
+    ratio: float = Field(description="median ratio to the reference's step in the same round")
+    low: float = Field(description="first quartile of that ratio")
+    high: float = Field(description="third quartile")
+    rounds: int
+
+
+class BudgetPoint(Record):
+    """The reference finished at one budget, with hyper-parameters chosen for it among its best trials."""
+
+    passes: int
+    hyper: dict[str, Any]
+    runs: list[Run] = Field(description="by seed, loss on the split `report`")
+    loss: Interval | None = Field(description="null: it diverged on a seed")
 
 
 class MethodResult(Record):
@@ -62,14 +98,21 @@ class MethodResult(Record):
     name: str = Field(description="as entered: the method's, or an alias")
     method: str = Field(description="in the catalog")
     arxiv: str | None
+    fixed: dict[str, Any] = Field(description="hyper-parameters that the user set, and that were not tuned")
     space: dict[str, dict[str, Any]] = Field(description="what was drawn from, by hyper-parameter")
+    widened: dict[str, dict[str, Any]] = Field(
+        description="what the last trials drew from instead, where the best lay at an edge"
+    )
     trials: list[Run] = Field(description="by number, loss on the split `tune`")
     best: int | None = Field(description="number of the chosen trial; null: every trial diverged")
-    edges: dict[str, Literal["low", "high"]] = Field(description="chosen hyper-parameters at an end of their range")
+    edges: dict[str, Literal["low", "high"]] = Field(description="chosen hyper-parameters at an end of their (widened) range")
+    tuning_sd: float | None = Field(description="standard deviation of the chosen trial's loss under other draws, by bootstrap")
     finals: list[Run] = Field(description="by seed, loss on the split `report`")
-    final: Interval | None
+    final: Interval | None = Field(description="over the seeds; null: it diverged on a seed")
     to_best: Interval | None = Field(description="paired difference of final losses to the lowest; positive is worse")
     to_reference: Interval | None = Field(description="the same to the reference method")
+    speedup: Speedup | None = Field(description="null: unknown (no reference, or it diverged)")
+    timing: Timing | None = Field(description="null: not measured")
     divergences: int = Field(description="among trials and finals")
 
 
@@ -78,32 +121,31 @@ class Verdict(Record):
 
     ranking: list[str] = Field(description="by mean final loss, without those that diverged on a seed")
     leaders: list[str] = Field(description="the winner, or those that tie for it")
+    halfway: list[str] = Field(
+        description="by mean training loss in the middle of the final runs: what a look too early would say"
+    )
     sentence: str
 
 
 class Results(Record):
     """A finished comparison."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["poise.compare"] = "poise.compare"
     task: str
     unit: str
     fingerprint: str = Field(description="digest of the task's data")
+    optimum: float | None = Field(description="the lowest loss there is, where the task knows it")
     settings: Settings
-    reference: str = Field(description="the entry that `to_reference` refers to: AdamW where there is one")
+    reference: str = Field(description="the entry that others are measured against: AdamW where there is one")
+    budgets: list[BudgetPoint] = Field(description="the reference at every budget, `steps` included, in ascending order")
     methods: list[MethodResult]
     verdict: Verdict
     environment: dict[str, Any] = Field(description="versions and machine")
 
     def write(self, path: Path) -> None:
         """Write whole or not at all: a reader never sees half a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -118,3 +160,14 @@ class Results(Record):
         if version != SCHEMA_VERSION:
             raise ValueError(f"{path}: schema_version is {version!r}, this version of poise reads {SCHEMA_VERSION}")
         return cls.model_validate_json(text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` under another name, then rename: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
