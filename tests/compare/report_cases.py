@@ -15,7 +15,7 @@ MOMENTUM = {"kind": "uniform", "low": 0.5, "high": 0.99, "options": ()}
 RULE = {"kind": "choice", "low": 0.0, "high": 0.0, "options": ("cubic", "polar")}
 SETTINGS = Settings.model_validate(dict(trials=6, tune_steps=150, steps=300, seeds=5))
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ 7 * 7 }}%{x}"
-LONG = "an-entry-with-a-name-that-nobody-would-type-twice-" * 6
+LONG = "an_entry_with_a_name_that_nobody_would_type_twice_" * 6
 
 
 def run(number: int, loss: float | None, seed: int = 0, passes: int = 300, state: int = 800, **facts: Any) -> Run:

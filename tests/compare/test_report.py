@@ -192,7 +192,10 @@ def test_differences_share_one_line_that_holds_zero() -> None:
     [
         (Interval(mean=2.12823, low=2.11723, high=2.13923), "2.128 ± 0.011"),
         (Interval(mean=123.4, low=100.0, high=146.8), "123 ± 23"),
-        (Interval(mean=3.21e-9, low=3.11e-9, high=3.31e-9), "3.21e-09 ± 1e-10"),
+        (Interval(mean=12345.0, low=12000.0, high=12690.0), "12340 ± 340"),
+        (Interval(mean=3.214e-9, low=3.114e-9, high=3.314e-9), "3.21e-09 ± 1e-10"),
+        (Interval(mean=0.2500038, low=0.2500028, high=0.2500048), "0.2500038 ± 1e-06"),
+        (Interval(mean=0.0, low=-1e-9, high=1e-9), "0 ± 1e-09"),
         (Interval(mean=1.5, low=None, high=None), "1.5"),
         (Interval(mean=0.25, low=0.25, high=0.25), "0.25 ± 0"),
         (None, "diverged"),
@@ -277,6 +280,23 @@ def test_trials_are_drawn_where_they_were_with_the_choice_ringed_and_the_diverge
     assert fallen["marker"]["symbol"] == "x-thin-open"
     assert chosen["x"] == [adamw.trials[3].hyper["lr"]] and chosen["y"] == [adamw.trials[3].loss]
     assert "trial 3: loss" in healthy["customdata"][3] and "diverged, loss not finite" in fallen["customdata"][0]
+
+
+def test_a_trial_that_ended_above_its_start_is_drawn_among_the_diverged() -> None:
+    found = entry(full(), "adamw")
+    risen = found.trials[0].model_copy(update={"loss": 5.8, "diverged": True})
+    healthy, fallen, _ = page(made([found.model_copy(update={"trials": [risen, *found.trials[1:]]})])).figures["tuning-0"][
+        "data"
+    ]
+    assert 5.8 not in healthy["y"] and fallen["x"] == [risen.hyper["lr"], found.trials[5].hyper["lr"]]
+    assert "trial 0: diverged, loss 5.8" in fallen["customdata"][0]
+
+
+def test_where_every_trial_diverged_the_crosses_claim_no_loss_and_no_curve_is_promised() -> None:
+    drawn = page(all_diverged())
+    assert drawn.figures["tuning-0"]["layout"]["yaxis"]["showticklabels"] is False
+    assert len(drawn.figures["tuning-0"]["data"][0]["x"]) == 6
+    assert "curves" not in drawn.figures and "Learning curves" not in drawn.text
 
 
 def test_every_hyper_parameter_has_a_panel_with_the_ends_of_its_space() -> None:
@@ -479,7 +499,8 @@ def test_one_seed_and_one_method_say_that_nothing_could_be_told() -> None:
         (full, "No place", ["wild"]),
         (all_diverged, "No place", ["adamw and lion", "are not ranked"]),
         (full, "Speed-up", ["No finished run of adamw reached the loss of muon", "least"]),
-        (all_diverged, "Speed-up", ["one budget only"]),
+        (all_diverged, "Speed-up", ["adamw diverged"]),
+        (twenty, "Speed-up", ["one budget only"]),
         (full, "Halfway", ["lion, then muon, then adamw; at the end it is muon, then lion, then adamw"]),
         (full, "Seconds", ["40 rounds"]),
         (minimal, "Seconds", ["not measured"]),

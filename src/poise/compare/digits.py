@@ -21,9 +21,10 @@ def number(value: float, unsure: float | None = None, sign: str = "") -> str:
     if not unsure:
         return f"{value:{sign}.5g}"
     decimals = 1 - math.floor(math.log10(unsure))
-    if not 0 <= decimals <= 6:
-        return f"{value:{sign}.4g}"
-    return f"{value:{sign}.{decimals}f}"
+    if decimals <= 6:
+        return f"{round(value, decimals):{sign}.{max(decimals, 0)}f}"
+    digits = decimals + math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:{sign}.{max(digits, 1)}g}"
 
 
 def spread(value: Interval | None, sign: str = "") -> str:

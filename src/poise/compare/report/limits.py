@@ -82,7 +82,9 @@ def divergences(results: Results) -> Iterator[Said]:
 
 def speedups(results: Results) -> Iterator[Said]:
     reference = results.reference
-    if len(results.budgets) < 2 and len(results.methods) > 1:
+    if any(found.name == reference and found.final is None for found in results.methods):
+        yield "Speed-up", f"{reference} diverged, and without it there is no speed-up."
+    elif len(results.budgets) < 2 and len(results.methods) > 1:
         yield "Speed-up", f"{reference} was finished at one budget only, so no speed-up could be read off."
     lost = [str(point.passes) for point in results.budgets if point.loss is None]
     if lost:

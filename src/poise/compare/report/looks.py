@@ -51,7 +51,7 @@ def looks(results: Results) -> dict[str, Look]:
     found = {}
     for place, method in enumerate(results.methods):
         turn, index = divmod(place, len(HUES))
-        found[method.name] = Look(index, SYMBOLS[(place + turn) % len(SYMBOLS)], DASHES[turn % len(DASHES)])
+        found[method.name] = Look(index, SYMBOLS[place % len(SYMBOLS)], DASHES[turn % len(DASHES)])
     return found
 
 

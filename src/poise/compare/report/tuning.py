@@ -40,6 +40,8 @@ def tuning(results: Results, found: MethodResult) -> Figure | None:
             "domain": cell(lines - 1 - line, lines, GAP * 2),
             "anchor": here["xaxis"],
         }
+        if all(run.loss is None or run.diverged for run in found.trials):  # crosses alone stand at no loss
+            layout[f"yaxis{number}"] |= {"showticklabels": False, "title": None}
         if place:
             layout[f"yaxis{number}"] |= {"matches": "y"} | ({"title": None, "showticklabels": False} if column else {})
         where = {"xref": here["xaxis"], "yref": f"{here['yaxis']} domain"}
