@@ -55,9 +55,10 @@ $(VENV)/.lint: $(PROJECT) $(VENV)/.torch
 	$(PIP) --editable '.[compare,hf,peers,test,lint,docs]'
 	@touch $@ $(VENV)/.compare $(VENV)/.test
 
+# The page of results.json is made from its schema, which needs what compares.
 $(VENV)/.docs: $(PROJECT) $(VENV)/.torch
-	$(PIP) --editable '.[docs]'
-	@touch $@
+	$(PIP) --editable '.[compare,docs]'
+	@touch $@ $(VENV)/.compare
 
 venv: $(VENV)/.compare
 

@@ -1,11 +1,11 @@
-"""Pages of the documentation that are made: the catalog, a page for each method in it, and CONTRIBUTING.md.
+"""Pages of the documentation that are made: the catalog, a page for each method, the schema of results, and CONTRIBUTING.md.
 
 mkdocs calls `on_files` once in each build (`hooks:` in mkdocs.yml). A method that enters the catalog is thereby documented.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +67,68 @@ def range_of(space: Any) -> str:
     return f"{space.low:g} to {space.high:g}" + (", logarithmic" if space.kind == "log_uniform" else "")
 
 
+def results_page(schema: Mapping[str, Any]) -> str:
+    """Every object of `results.json` and every field, from its JSON schema, in the order in which a reader comes upon them."""
+    known = {schema["title"]: schema} | dict(schema.get("$defs", {}))
+    parts = [
+        "# results.json",
+        "What `poise compare` writes, field by field. `schema_version` changes whenever a reader of the file must. In Python, "
+        "`poise.compare.Results.read(path)` reads and checks it.",
+    ]
+    waiting, seen = [schema["title"]], set()
+    while waiting:
+        name = waiting.pop(0)
+        if name not in seen:
+            seen.add(name)
+            parts += section(name, known[name])
+            waiting += references(known[name].get("properties", {}))
+    return "\n\n".join(parts) + "\n"
+
+
+def section(name: str, schema: Mapping[str, Any]) -> list[str]:
+    """One object: what it is, and a row for each field."""
+    rows = [
+        f"| `{field}` | {cell(kind(spec))} | {cell(spec.get('description', ''))} |"
+        for field, spec in schema.get("properties", {}).items()
+    ]
+    return [f"## {name}", schema.get("description", ""), "\n".join(["| field | type | what it is |", "|---|---|---|", *rows])]
+
+
+def kind(spec: Mapping[str, Any]) -> str:
+    """The type of a field, in JSON's words."""
+    if "$ref" in spec:
+        name = spec["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in spec:
+        return " or ".join(map(kind, spec["anyOf"]))
+    if "const" in spec or "enum" in spec:
+        return " or ".join(f"`{value!r}`".replace("'", '"') for value in spec.get("enum", [spec.get("const")]))
+    if spec.get("type") == "array":
+        return f"[{', '.join(map(kind, spec['prefixItems']))}]" if "prefixItems" in spec else f"list of {kind(spec['items'])}"
+    if spec.get("type") == "object":
+        inner = spec.get("additionalProperties")
+        return f"object of {kind(inner)} by name" if isinstance(inner, Mapping) else "object"
+    return spec.get("type", "anything")
+
+
+def references(spec: Any) -> list[str]:
+    """The objects that a schema refers to."""
+    if isinstance(spec, Mapping):
+        own = [spec["$ref"].rpartition("/")[2]] if isinstance(spec.get("$ref"), str) else []
+        return own + [name for inner in spec.values() for name in references(inner)]
+    return [name for inner in spec for name in references(inner)] if isinstance(spec, list) else []
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the made pages to those that mkdocs has found."""
     from mkdocs.structure.files import File
 
+    from poise.compare.results import Results
+
     contributing = Path(config.config_file_path).parent / "CONTRIBUTING.md"
     files.append(File.generated(config, "contributing.md", abs_src_path=str(contributing)))
+    schema = Results.model_json_schema(mode="serialization")
+    files.append(File.generated(config, "results.md", content=results_page(schema)))
     entries = methods()
     files.append(File.generated(config, "catalog.md", content=catalog_page(entries)))
     for entry in entries:

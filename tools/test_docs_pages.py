@@ -1,10 +1,11 @@
-"""The pages that the documentation makes from the catalog."""
+"""The pages that the documentation makes."""
 
 from __future__ import annotations
 
 import docs_pages
 
 from poise.catalog import Method, Paper, choice, log_uniform, methods, uniform
+from poise.compare import results
 
 
 def hammer() -> None:
@@ -45,3 +46,30 @@ def test_ranges_are_written_as_a_reader_writes_them() -> None:
     assert docs_pages.range_of(uniform(0, 1)) == "0 to 1"
     assert docs_pages.range_of(choice("a", 2)) == "a, 2"
     assert "| `lr` | 1e-05 to 0.01, logarithmic |" in docs_pages.method_page(entry(tune={"lr": log_uniform(1e-5, 1e-2)}))
+
+
+SCHEMA = results.Results.model_json_schema(mode="serialization")
+
+
+def test_every_object_and_every_field_of_the_results_is_on_their_page() -> None:
+    page = docs_pages.results_page(SCHEMA)
+    kinds = [found for found in vars(results).values() if isinstance(found, type) and issubclass(found, results.Record)]
+    models = [found for found in kinds if found is not results.Record]
+    assert {results.Results, results.Settings, results.MethodResult, results.Run} <= set(models)
+    for model in models:
+        text = page.split(f"\n## {model.__name__}\n")[1].split("\n## ")[0]
+        for name, field in model.model_fields.items():
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+            assert docs_pages.cell(field.description or "") in row and row.count(" | ") == 2
+    assert page.index("## Results") < page.index("## Settings") < page.index("## Run\n") < page.index("## Interval")
+
+
+def test_types_are_in_jsons_words() -> None:
+    kinds = {name: docs_pages.kind(spec) for name, spec in SCHEMA["$defs"]["MethodResult"]["properties"].items()}
+    assert kinds["name"] == "string"
+    assert kinds["best"] == "integer or null"
+    assert kinds["trials"] == "list of [Run](#run)"
+    assert kinds["final"] == "[Interval](#interval) or null"
+    assert kinds["edges"] == 'object of `"low"` or `"high"` by name'
+    assert docs_pages.kind(SCHEMA["$defs"]["Run"]["properties"]["curve"]) == "list of [integer, number]"
+    assert docs_pages.kind(SCHEMA["properties"]["kind"]) == '`"poise.compare"`'

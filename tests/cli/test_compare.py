@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compare.toys import without_seconds
 
 from poise import catalog
 from poise.compare import workers
@@ -28,6 +29,34 @@ def test_a_comparison_prints_its_verdict_and_writes_its_results(poise: Callable)
     assert [method.name for method in results.methods] == ["toy-sgd", "again"]
     sizes = dict(trials=2, tune_steps=3, steps=4, seeds=2, seed=0)
     assert results.settings.model_dump() == sizes | dict(budgets=(), threads=1, device="cpu")
+
+
+def test_a_comparison_leaves_a_page_that_needs_nothing_else(poise: Callable) -> None:
+    poise(*RUN)
+    page = Path("runs/compare/toy/report.html").read_text()
+    assert Results.read(Path("runs/compare/toy/results.json")).verdict.sentence in page
+
+
+def test_another_comparison_is_set_beside_this_one(poise: Callable) -> None:
+    poise(*RUN, "--out", "a")
+    ended = poise(*RUN, "--out", "b", "--seed", "1", "--against", "a/results.json")
+    assert ended.code == 0 and "here minus there" in ended.out
+    assert "Beside the other study" in Path("b/report.html").read_text()
+    Path("toy.py").write_text(Path("toy.py").read_text() + "\nfingerprint = 'other'\n")
+    ended = poise(*RUN, "--out", "c", "--against", "a/results.json")
+    assert ended.code == 2 and "other data" in ended.err and not Path("c").exists()
+
+
+def test_the_task_may_be_given_either_way_but_not_both(poise: Callable) -> None:
+    assert poise("compare", "--task", "toy.py", *RUN[2:]).code == 0
+    assert poise("compare", "toy.py", "--task", "toy.py").code == 2
+
+
+def test_workers_change_nothing_but_the_time(poise: Callable) -> None:
+    poise(*RUN, "--out", "one")
+    poise("compare", "toy.py", "--methods", "toy-sgd,again=toy-sgd", *SHORT[:-1], "2", "--out", "two")
+    one, two = (without_seconds(Results.read(Path(name, "results.json"))) for name in ("one", "two"))
+    assert one == two
 
 
 def test_trials_are_as_long_as_the_final_runs_unless_said(poise: Callable) -> None:
@@ -57,6 +86,11 @@ def test_no_bar_is_drawn_where_there_is_no_terminal(poise: Callable, more: list[
         (["code-ml"], "task 'code-ml' is unknown; known: code-lm"),
         (["toys.py", "--methods", "toy-sgd"], "task 'toys.py': no such file"),
         (["toy.py", "--methods", "toy-sgd", "--out", "toy.py"], "toy.py"),
+        (["toy.py", "--methods", "toy-sgd", "--budgets", "0.5,x"], "--budgets '0.5,x'"),
+        (["toy.py", "--methods", "toy-sgd", "--budgets", "0"], "--budgets '0'"),
+        (["toy.py", "--methods", "toy-sgd", "--device", "gpu"], "--device gpu"),
+        (["toy.py", "--methods", "toy-sgd(colour=red)"], "cannot be built with {'colour': 'red'}"),
+        (["toy.py", "--methods", "toy-sgd", "--against", "nothing.json"], "nothing.json: no such file"),
     ],
 )
 def test_bad_input_is_named_and_ends_with_two(poise: Callable, arguments: list[str], message: str) -> None:

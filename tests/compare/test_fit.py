@@ -168,7 +168,9 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
         return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
 
     def seed() -> None:
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
 
     seed()
     expected = draw()

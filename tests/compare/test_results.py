@@ -50,10 +50,17 @@ def test_another_schema_is_refused(tmp_path: Path, text: str) -> None:
         Results.read(tmp_path / "results.json")
 
 
+@pytest.mark.parametrize("text", ["{", json.dumps({"schema_version": SCHEMA_VERSION, "task": 3})])
+def test_a_file_that_is_no_results_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json is no results\.json of poise compare"):
+        Results.read(tmp_path / "results.json")
+
+
 @pytest.mark.parametrize("field", ["trials", "tune_steps", "steps", "seeds"])
 def test_an_empty_budget_is_refused(field: str) -> None:
     with pytest.raises(ValidationError, match=field):
-        Settings(**{field: 0})
+        Settings.model_validate({field: 0})
 
 
 def test_the_table_shows_every_method_with_its_interval_and_the_verdict() -> None:
@@ -61,9 +68,9 @@ def test_the_table_shows_every_method_with_its_interval_and_the_verdict() -> Non
     (again,) = [line for line in text.splitlines() if "│ again" in line]
     assert [cell.strip() for cell in again.strip("│ ").split("│")] == [
         "again",
-        "1.0000 ± 0.1000",
-        "+0.0000 ± 0.0000",
-        "1.00 [0.90, 1.10]",
+        "1.00 ± 0.10",
+        "+0 ± 0",
+        "1.00× [0.90, 1.10]",
         "8.00",
         "2",
         "1.00",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from poise.compare.statistics import interval, paired, verdict
+from poise.compare.results import Run
+from poise.compare.statistics import gap, interval, paired, verdict
+
+from .toys import run
 
 A = [1.00, 1.10, 0.95, 1.20, 1.02]
 B = [1.05, 1.12, 1.01, 1.21, 1.08]
@@ -50,7 +54,7 @@ def test_a_winner_beats_every_other_method_and_not_only_the_next() -> None:
 
 def test_the_winners_sentence_names_the_gap_and_its_interval() -> None:
     sentence = verdict({"b": B, "a": A}).sentence
-    assert sentence.startswith("a wins at 1.0540: 0.0400 below b (95% interval ") and "5 paired seeds" in sentence
+    assert sentence.startswith("a wins at 1.05: 0.040 below b (95% interval ") and "5 paired seeds" in sentence
 
 
 def test_one_seed_is_always_a_tie() -> None:
@@ -71,3 +75,26 @@ def test_there_is_no_verdict_when_all_diverged() -> None:
 def test_unpaired_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
         paired([1.0, 2.0], [1.0])
+
+
+def trial(number: int, loss: float | None) -> Run:
+    return run(number, loss)
+
+
+def test_the_gap_is_from_the_best_trial_to_the_second_best() -> None:
+    assert gap([trial(0, 1.5), trial(1, 1.1), trial(2, 1.25), trial(3, None)]) == pytest.approx(0.15)
+    assert gap([trial(0, 1.5)]) is None and gap([trial(0, 1.5), trial(1, None)]) is None
+
+
+def test_a_gap_estimates_how_far_the_best_of_a_few_draws_is_from_the_optimum() -> None:
+    """Two hyper-parameters drawn around a quadratic optimum: the gap and what is left have the same mean."""
+    rng = np.random.default_rng(0)
+    losses = np.sort(rng.uniform(-1, 1, (4000, 12, 2)).__pow__(2).sum(-1), axis=1)
+    gaps = [gap([trial(i, float(loss)) for i, loss in enumerate(row)]) for row in losses]
+    assert np.mean([found for found in gaps if found is not None]) == pytest.approx(losses[:, 0].mean(), rel=0.1)
+
+
+def test_a_difference_that_luck_in_tuning_may_explain_is_a_tie() -> None:
+    assert verdict({"a": A, "b": B}, {"a": 0.001, "b": None}).leaders == ["a"]
+    assert verdict({"a": A, "b": B}, {"a": None, "b": 0.05}).leaders == ["a", "b"]
+    assert verdict({"a": A, "b": B}, {"a": 0.025, "b": 0.025}).leaders == ["a", "b"]  # 0.029, 0.025, 0.025: by squares 0.046

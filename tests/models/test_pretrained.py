@@ -39,7 +39,8 @@ def test_it_generates_text_from_text(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made().save_pretrained(tmp_path)
-    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = tokenizer("def f(x):\n", return_tensors="pt")
     out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert out.shape == (1, 10 + 8)

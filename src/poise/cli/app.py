@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import poise
-from poise.cli import compare, methods, train
+from poise.cli import compare, methods, report, train
 
 app = typer.Typer(
     name="poise",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("methods")(methods.methods)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("train")(train.train)
 
 

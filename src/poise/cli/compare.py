@@ -12,6 +12,7 @@ import typer
 from poise.cli.exits import BROKEN, INTERRUPTED, bad_input, interruptible, stop
 from poise.cli.methods import terminal_or_wide
 from poise.cli.progress import Bar
+from poise.cli.report import finished
 
 if TYPE_CHECKING:
     from poise.compare.results import Settings
@@ -50,7 +51,8 @@ def compare(
 
     Killed at any point, the same command goes on where it stood.
     """
-    from poise.compare import plan, provenance, study, table, tasks
+    from poise.compare import against as beside
+    from poise.compare import plan, provenance, report, study, table, tasks
     from poise.compare.entries import parse
     from poise.compare.journal import Journal
     from poise.compare.results import Settings
@@ -74,6 +76,9 @@ def compare(
         folder = out or Path("runs", "compare", problem.name)
         if fresh:
             (folder / "journal.db").unlink(missing_ok=True)
+        other = None if against is None else finished(against)[1]
+        if other is not None and (other.task, other.fingerprint) != (problem.name, problem.fingerprint):
+            raise ValueError(f"--against {against}: {other.task} with other data than {problem.name} cannot be set beside it")
         journal = Journal(folder / "journal.db")
     if not quiet and (outdated := journal.outdated({provenance.code(entry.method) for entry in entries.values()})):
         typer.echo(f"poise: {outdated} finished runs in {folder} were made by other code and do not count", err=True)
@@ -88,12 +93,16 @@ def compare(
     except WorkerKilled as error:
         raise stop(f"poise: {error}", INTERRUPTED) from None
     results.write(folder / "results.json")
+    report.write(results, folder / "report.html", other)
     if as_json:
         typer.echo(results.model_dump_json(indent=1))
     else:
         console = terminal_or_wide()
         console.print(table.render(results))
-        console.print(f"written: {folder / 'results.json'}", style="dim", highlight=False, markup=False)
+        if other is not None:
+            console.print(beside.table(results, other))
+        written = f"written: {folder / 'results.json'}, {folder / 'report.html'}"
+        console.print(written, style="dim", highlight=False, markup=False)
     if not results.verdict.ranking:
         raise typer.Exit(BROKEN)
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 2
 
@@ -24,16 +24,19 @@ class Record(BaseModel):
 class Settings(Record):
     """The budget, the same for every method, and the seed that everything random hangs on."""
 
-    trials: int = Field(8, ge=1, description="tuning trials per method, those in a widened space included")
-    tune_steps: int = Field(300, ge=1, description="forward and backward passes per trial")
-    steps: int = Field(300, ge=1, description="forward and backward passes per final run")
-    seeds: int = Field(3, ge=1, le=9_999, description="final runs per method, paired across methods")
-    seed: int = Field(0, ge=0, description="of the study")
+    trials: int = Field(default=8, ge=1, description="tuning trials per method, those in a widened space included")
+    tune_steps: int = Field(default=300, ge=1, description="forward and backward passes per trial")
+    steps: int = Field(default=300, ge=1, description="forward and backward passes per final run")
+    seeds: int = Field(default=3, ge=1, le=9_999, description="final runs per method, paired across methods")
+    seed: int = Field(default=0, ge=0, description="of the study")
     budgets: tuple[float, ...] = Field(
-        (0.5, 2.0), description="further budgets at which the reference is finished, in units of `steps`; none: no speed-ups"
+        default=(0.5, 2.0),
+        description="further budgets of the reference, in units of `steps`; none: no speed-ups",
     )
-    threads: int = Field(1, ge=1, description="of torch in each run: sums of floats hang on it, the number of workers does not")
-    device: str = Field("cpu", description="torch device of every run")
+    threads: int = Field(
+        default=1, ge=1, description="of torch in each run; unlike the number of workers it changes sums of floats"
+    )
+    device: str = Field(default="cpu", description="torch device of every run")
 
 
 class Run(Record):
@@ -41,13 +44,13 @@ class Run(Record):
 
     number: int = Field(description="of the trial, or of the seed")
     seed: int = Field(description="of the initial weights and the order of the data")
-    hyper: dict[str, Any]
+    hyper: dict[str, Any] = Field(description="what the trial drew")
     passes: int = Field(description="forward and backward passes taken")
     loss: float | None = Field(description="on the held-out split, at the end; null: diverged")
     initial_loss: float | None = Field(description="on the first training batch, before the first step")
     diverged: bool = Field(description="a loss was not finite, or it ended above twice the initial loss")
     curve: list[tuple[int, float]] = Field(description="(passes, mean training loss since the point before)")
-    parameters: int
+    parameters: int = Field(description="of the model")
     state_bytes: int = Field(description="of optimizer state, measured after the last step")
     seconds: float = Field(description="of the whole run, beside whatever else the machine was doing")
 
@@ -55,9 +58,9 @@ class Run(Record):
 class Interval(Record):
     """A mean with its 95 % interval; one value alone has no bounds."""
 
-    mean: float
-    low: float | None
-    high: float | None
+    mean: float = Field(description="over the seeds")
+    low: float | None = Field(description="null: there is one value only")
+    high: float | None = Field(description="the same")
 
 
 class Speedup(Record):
@@ -80,14 +83,14 @@ class Timing(Record):
     ratio: float = Field(description="median ratio to the reference's step in the same round")
     low: float = Field(description="first quartile of that ratio")
     high: float = Field(description="third quartile")
-    rounds: int
+    rounds: int = Field(description="so many times every method had its turn")
 
 
 class BudgetPoint(Record):
     """The reference finished at one budget, with hyper-parameters chosen for it among its best trials."""
 
-    passes: int
-    hyper: dict[str, Any]
+    passes: int = Field(description="of each run")
+    hyper: dict[str, Any] = Field(description="chosen on the split `tune` at this budget")
     runs: list[Run] = Field(description="by seed, loss on the split `report`")
     loss: Interval | None = Field(description="null: it diverged on a seed")
 
@@ -97,7 +100,7 @@ class MethodResult(Record):
 
     name: str = Field(description="as entered: the method's, or an alias")
     method: str = Field(description="in the catalog")
-    arxiv: str | None
+    arxiv: str | None = Field(description="number of its paper")
     fixed: dict[str, Any] = Field(description="hyper-parameters that the user set, and that were not tuned")
     space: dict[str, dict[str, Any]] = Field(description="what was drawn from, by hyper-parameter")
     widened: dict[str, dict[str, Any]] = Field(
@@ -126,23 +129,23 @@ class Verdict(Record):
     halfway: list[str] = Field(
         description="by mean training loss in the middle of the final runs: what a look too early would say"
     )
-    sentence: str
+    sentence: str = Field(description="for people")
 
 
 class Results(Record):
     """A finished comparison."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
-    kind: Literal["poise.compare"] = "poise.compare"
-    task: str
-    unit: str
+    schema_version: Literal[2] = Field(default=SCHEMA_VERSION, description="raised when a field changes its meaning or goes")
+    kind: Literal["poise.compare"] = Field(default="poise.compare", description="tells this file from others")
+    task: str = Field(description="its name")
+    unit: str = Field(description="of the loss; may be empty")
     fingerprint: str = Field(description="digest of the task's data")
     optimum: float | None = Field(description="the lowest loss there is, where the task knows it")
-    settings: Settings
+    settings: Settings = Field(description="the budget")
     reference: str = Field(description="the entry that others are measured against: AdamW where there is one")
     budgets: list[BudgetPoint] = Field(description="the reference at every budget, `steps` included, in ascending order")
-    methods: list[MethodResult]
-    verdict: Verdict
+    methods: list[MethodResult] = Field(description="in the order in which they were entered")
+    verdict: Verdict = Field(description="who came out ahead")
     environment: dict[str, Any] = Field(description="versions and machine")
 
     def write(self, path: Path) -> None:
@@ -157,11 +160,17 @@ class Results(Record):
             ValueError: if it is not a comparison, or one of a schema that this version does not know.
         """
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is no results.json of poise compare: {error}") from error
         version = found.get("schema_version") if isinstance(found, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(f"{path}: schema_version is {version!r}, this version of poise reads {SCHEMA_VERSION}")
-        return cls.model_validate_json(text)
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ValueError(f"{path} is no results.json of poise compare: {error}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

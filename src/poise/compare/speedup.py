@@ -9,7 +9,7 @@ equal loss lies between two of those. The idea is that of Fantastic Pretraining 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Literal
@@ -41,16 +41,17 @@ def speedup(
     """
     if len(curve) < 2 or passes not in [at for at, _ in curve]:
         return None
-    if optimum is not None:
-        losses = [math.log(max(loss - optimum, TINY)) for loss in losses]
-        curve = [(at, [math.log(max(loss - optimum, TINY)) for loss in found]) for at, found in curve]
-    needed, bound = crossing([(at, fmean(found)) for at, found in curve], fmean(losses), passes)
+
+    def level(values: Iterable[float]) -> float:
+        return fmean(values) if optimum is None else math.log(max(fmean(values) - optimum, TINY))
+
+    needed, bound = crossing([(at, level(found)) for at, found in curve], level(losses), passes)
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(DRAWS if len(losses) > 1 else 0):
         some = rng.integers(len(losses), size=len(losses))
-        points = [(at, fmean(found[i] for i in some)) for at, found in curve]
-        drawn.append(crossing(points, fmean(losses[i] for i in some), passes)[0] / passes)
+        points = [(at, level(found[i] for i in some)) for at, found in curve]
+        drawn.append(crossing(points, level(losses[i] for i in some), passes)[0] / passes)
     low, high = np.quantile(drawn, (0.025, 0.975)) if drawn else (needed / passes, needed / passes)
     return Speedup(passes=needed, ratio=needed / passes, low=float(low), high=float(high), bound=bound)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit
 
+from poise.compare.digits import half, number
 from poise.compare.results import Interval, Run
 
 CONFIDENCE = 0.95
@@ -78,21 +79,22 @@ def verdict(losses: Mapping[str, Losses], gaps: Mapping[str, float | None] | Non
     return Decision(ranking, leaders, sentence(losses, ranking, leaders))
 
 
-def may_be_zero(difference: Interval | None) -> bool:
-    """Whether the data leave room for no difference; a single pair always does."""
-    if difference is None or difference.low is None or difference.high is None:
-        return True
-    return difference.low <= 0.0 <= difference.high
-
-
 def may_be_luck(difference: Interval | None, *gaps: float | None) -> bool:
     """Whether seeds, or other draws of the two methods' trials, could have made the difference.
 
+    A single pair always leaves room for that.
+    """
+    unsure = None if difference is None else unsure_by(difference, *gaps)
+    return difference is None or unsure is None or abs(difference.mean) <= unsure
+
+
+def unsure_by(difference: Interval, *gaps: float | None) -> float | None:
+    """The largest difference that would still be a tie; None for a single pair.
+
     The half width of the interval and the two gaps are independent, so they add by their squares.
     """
-    if difference is None or difference.low is None or difference.high is None:
-        return True
-    return abs(difference.mean) <= math.hypot(difference.high - difference.mean, *(found or 0.0 for found in gaps))
+    seeds = half(difference)
+    return None if seeds is None else math.hypot(seeds, *(found or 0.0 for found in gaps))
 
 
 def sentence(losses: Mapping[str, Losses], ranking: list[str], leaders: list[str]) -> str:
@@ -100,26 +102,15 @@ def sentence(losses: Mapping[str, Losses], ranking: list[str], leaders: list[str
     best, seeds = ranking[0], len(losses[ranking[0]])
     mean = interval(losses[best])
     assert mean is not None
-    shown = places(mean.mean)
+    at = number(mean.mean, half(mean))
     if len(leaders) > 1:
         why = "one seed tells nothing" if seeds == 1 else f"{seeds} paired seeds at {CONFIDENCE:.0%}, and luck in tuning"
-        return f"{' and '.join([', '.join(leaders[:-1]), leaders[-1]])} tie at {mean.mean:.{shown}f} ({why})"
+        return f"{' and '.join([', '.join(leaders[:-1]), leaders[-1]])} tie at {at} ({why})"
     if len(losses) == 1:
-        return f"{best} reaches {mean.mean:.{shown}f}; there was nothing to compare it with"
+        return f"{best} reaches {at}; there was nothing to compare it with"
     if len(ranking) == 1:
-        return f"{best} wins at {mean.mean:.{shown}f}: every other method diverged on at least one seed"
+        return f"{best} wins at {at}: every other method diverged on at least one seed"
     gap = paired(losses[ranking[1]], losses[best])
     assert gap is not None and gap.low is not None and gap.high is not None
-    at = places(gap.mean)
-    return (
-        f"{best} wins at {mean.mean:.{shown}f}: {gap.mean:.{at}f} below {ranking[1]} "
-        f"({CONFIDENCE:.0%} interval {gap.low:.{at}f} to {gap.high:.{at}f}, {seeds} paired seeds)"
-    )
-
-
-def places(value: float) -> int:
-    """Decimal places that show a large loss to four places and a small one to three digits."""
-    shown = 4
-    while shown < 10 and 0 < abs(value) < 10.0 ** (2 - shown):
-        shown += 1
-    return shown
+    below, low, high = (number(value, half(gap)) for value in (gap.mean, gap.low, gap.high))
+    return f"{best} wins at {at}: {below} below {ranking[1]} ({CONFIDENCE:.0%} interval {low} to {high}, {seeds} paired seeds)"

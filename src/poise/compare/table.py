@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from poise.compare.results import Interval, MethodResult, Results, Speedup, Timing
-from poise.compare.statistics import places
+from poise.compare.digits import ratio, spread
+from poise.compare.results import MethodResult, Results, Speedup, Timing
 
 
 def render(results: Results) -> RenderableType:
@@ -52,21 +52,10 @@ def row(found: MethodResult, is_reference: bool) -> list[str]:
     ]
 
 
-def spread(value: Interval | None, sign: str = "") -> str:
-    """Mean and half width."""
-    if value is None:
-        return "diverged"
-    shown = places(value.mean)
-    half = "" if value.low is None or value.high is None else f" ± {(value.high - value.low) / 2:.{shown}f}"
-    return f"{value.mean:{sign}.{shown}f}{half}"
-
-
 def times(value: Speedup | None) -> str:
     if value is None:
         return ""
-    if value.bound != "exact":
-        return f"{'≥' if value.bound == 'at least' else '≤'} {value.ratio:.2f}"
-    return f"{value.ratio:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    return ratio(value) + (f" [{value.low:.2f}, {value.high:.2f}]" if value.bound == "exact" else "")
 
 
 def seconds(value: Timing | None) -> tuple[str, str]:
