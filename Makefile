@@ -6,7 +6,7 @@ VENV   ?= .venv
 WORKERS ?= 2
 # More arguments for pytest or the benchmark: make test ARGS="tests/optim -k lion".
 ARGS ?=
-COMPARE ?= code-lm --methods adamw,lion,muon --trials 6 --tune-steps 150 --steps 300 --seeds 5 --out runs/compare
+COMPARE ?= code-lm --methods adamw,lion,muon --trials 6 --tune-steps 150 --steps 300 --seeds 5 --out runs/compare --workers 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -96,5 +96,6 @@ def test_a_gap_estimates_how_far_the_best_of_a_few_draws_is_from_the_optimum() -
 
 def test_a_difference_that_luck_in_tuning_may_explain_is_a_tie() -> None:
     assert verdict({"a": A, "b": B}, {"a": 0.001, "b": None}).leaders == ["a"]
-    assert verdict({"a": A, "b": B}, {"a": None, "b": 0.05}).leaders == ["a", "b"]
+    found = verdict({"a": A, "b": B}, {"a": None, "b": 0.05})
+    assert found.leaders == ["a", "b"] and "other draws in tuning" in found.sentence
     assert verdict({"a": A, "b": B}, {"a": 0.025, "b": 0.025}).leaders == ["a", "b"]  # 0.029, 0.025, 0.025: by squares 0.046

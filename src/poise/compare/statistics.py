@@ -104,8 +104,13 @@ def sentence(losses: Mapping[str, Losses], ranking: list[str], leaders: list[str
     assert mean is not None
     at = number(mean.mean, half(mean))
     if len(leaders) > 1:
-        why = "one seed tells nothing" if seeds == 1 else f"{seeds} paired seeds at {CONFIDENCE:.0%}, and luck in tuning"
-        return f"{' and '.join([', '.join(leaders[:-1]), leaders[-1]])} tie at {at} ({why})"
+        if seeds == 1:
+            why = "one seed tells nothing"
+        elif all(may_be_luck(paired(losses[name], losses[best])) for name in leaders):
+            why = f"paired differences over {seeds} seeds may be 0 at {CONFIDENCE:.0%}"
+        else:
+            why = f"{seeds} paired seeds tell them apart at {CONFIDENCE:.0%}, but other draws in tuning might not"
+        return f"{' and '.join([', '.join(leaders[:-1]), leaders[-1]])} tie; the lowest is {at} ({why})"
     if len(losses) == 1:
         return f"{best} reaches {at}; there was nothing to compare it with"
     if len(ranking) == 1:
