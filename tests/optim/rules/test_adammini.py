@@ -164,7 +164,7 @@ def test_a_fused_projection_is_cut_as_its_parts_would_be(value: Literal["row", "
 
     fused, split = Llama(fused=True).double(), Llama().double()
     joint = fused.get_parameter(name.format("qkv"))
-    three = [split.get_parameter(name.format(part)) for part in "qkv"]
+    three: list[Tensor] = [split.get_parameter(name.format(part)) for part in "qkv"]
     joint.data.copy_(torch.cat([p.detach() for p in three]))
     opts = mini(fused, value=value), mini(split, value=value)
     (grads,) = draw([tuple(joint.shape)], 4)[1:]
