@@ -197,7 +197,7 @@ def test_thirty_five_float32_steps_of_the_published_form_follow_the_release(case
     assert distance(found, reference(start, grads, lr=3e-3, form="full", **hyper)) < 3e-6
 
 
-@pytest.mark.parametrize("hyper", [{}, {"precondition_frequency": 3, "shampoo_beta": 0.7}], ids=["defaults", "often"])
+@pytest.mark.parametrize("hyper", [{}, {"precondition_frequency": 3, "betas": (0.7, 0.9)}], ids=["defaults", "often"])
 @pytest.mark.parametrize("form", ["compact", "full"])
 def test_thirty_steps_equal_the_formula(form: Form, hyper: dict[str, Any]) -> None:
     start, grads = draw([(24, 24), (8, 4, 3, 3), (24,), ()], 30, missing=[(0, 1), (4, 0), (11, 0), (12, 1)])
