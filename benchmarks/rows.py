@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Parameter, ParameterList
 
 # Seconds that a user waits for the first step: with nothing compiled, and with kernels found on disk.
 COLD, COLD_PER_FURTHER_KERNEL, WARM = 20.0, 6.0, 5.0
@@ -26,6 +26,8 @@ class Row:
         module, cls: where the optimizer is.
         settings: arguments beside the parameters. Everything else is at its default.
         group: options of its parameter group, where the library asks for a group.
+        model: it asks for a model, and gets one that holds nothing but the parameters.
+        period: steps timed together, where they are not alike: one in so many does more than the others.
         params: a list of `lists.LISTS`.
         dtype: of parameters and gradients.
         target: of the ratio to torch's fused AdamW, where the project has set one.
@@ -41,6 +43,8 @@ class Row:
     cls: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     group: Mapping[str, Any] | None = None
+    model: bool = False
+    period: int = 1
     params: Literal["gpt", "hidden", "one of each", "300 small"] = "gpt"
     dtype: torch.dtype = torch.float32
     target: float | None = None
@@ -62,6 +66,8 @@ class Row:
 
     def make(self, params: list[Parameter]) -> torch.optim.Optimizer:
         given: Any = params if self.group is None else [{"params": params, **self.group}]
+        if self.model:
+            given = ParameterList(params)
         return self.load()(given, **self.settings)
 
 
@@ -79,11 +85,12 @@ def _bare(package: str) -> None:
 
 
 def _poise(name: str, cls: str, **options: Any) -> Row:
-    settings = {key: options.pop(key) for key in ("state", "backend", "momentum") if key in options}
+    settings = {key: options.pop(key) for key in ("state", "backend", "momentum", "form") if key in options}
     return Row(name, "poise", "poise.optim", cls, settings, **options)
 
 
 MATRICES = {"use_muon": True}
+REFRESH = "mean of 10 steps, one of which refreshes"
 FUSED = Row("adamw", "torch", "torch.optim", "AdamW", {"fused": True}, note="null row: against itself")
 
 ROWS: dict[str, Row] = {
@@ -102,14 +109,36 @@ ROWS: dict[str, Row] = {
         _poise("adamw-small", "AdamW", params="300 small", target=0.8),
         _poise("muon", "Muon", params="hidden"),
         _poise("muon-one-of-each", "Muon", params="one of each", beside=("torch:muon",)),
+        _poise("soap", "SOAP", params="one of each", period=10, note=REFRESH),
+        _poise("soap-full", "SOAP", form="full", params="one of each", period=10, note=f"the published form; {REFRESH}"),
+        _poise("adam-mini", "AdamMini"),
         Row("sgd", "torch", "torch.optim", "SGD", {"momentum": 0.9, "fused": True}, note="fused, momentum 0.9"),
         Row("muon", "torch", "torch.optim", "Muon", params="one of each", slow=True),
         Row("adamw", "pytorch_optimizer", "pytorch_optimizer", "AdamW", note="torch's own AdamW class"),
         Row("lion", "pytorch_optimizer", "pytorch_optimizer", "Lion"),
         Row("muon", "pytorch_optimizer", "pytorch_optimizer", "Muon", group=MATRICES, params="one of each", slow=True),
+        Row("soap-full", "pytorch_optimizer", "pytorch_optimizer", "SOAP", params="one of each", period=10, note=REFRESH),
+        Row(
+            "adam-mini",
+            "pytorch_optimizer",
+            "pytorch_optimizer",
+            "AdamMini",
+            model=True,
+            note="one block a tensor, by its names",
+        ),
         Row("adamw", "heavyball", "heavyball", "AdamW"),
         Row("sgd", "heavyball", "heavyball", "SGD", note="momentum 0.9, its default"),
         Row("muon", "heavyball", "heavyball", "Muon", params="one of each"),
+        Row(
+            "soap-full",
+            "heavyball",
+            "heavyball",
+            "SOAP",
+            {"precondition_frequency": 10},
+            params="one of each",
+            period=10,
+            note=f"longer sides than 2048 merged or cut, its default; {REFRESH}",
+        ),
         Row("adamw", "timm", "timm.optim.adamw", "AdamWLegacy", note="its own AdamW; what it calls adamw is torch's"),
         Row("lion", "timm", "timm.optim.lion", "Lion"),
         Row("adamw-int8", "torchao", "torchao.optim", "AdamW8bit", exact="torch:adamw"),

@@ -67,6 +67,11 @@ class Contender:
                 p.grad = grad
         self.optimizer.step()
 
+    def steps(self) -> None:
+        """What is timed."""
+        for _ in range(self.row.period):
+            self.step()
+
     def warm_up(self) -> None:
         if not self.row.slow:
             for _ in range(2):
@@ -108,7 +113,9 @@ def measure(contenders: list[Contender], rounds: int, budget: float, tell: Tell)
     reference = Contender(dataclasses.replace(FUSED, params=contenders[0].row.params))
     reference.warm_up()
     last = [one.params[-1].detach().clone() for one in contenders]
-    taken = pairs.alternate([reference.step, *(one.step for one in contenders)], rounds, budget)
+    taken = pairs.alternate([reference.step, *(one.steps for one in contenders)], rounds, budget)
+    for i, one in enumerate(contenders, 1):
+        taken[i] = [seconds / one.row.period for seconds in taken[i]]
     copy = pairs.copy_bandwidth()
     for i, one in enumerate(contenders, 1):
         if torch.equal(one.params[-1], last[i - 1]):

@@ -334,3 +334,55 @@ def test_links_without_inner_rules_have_no_handles() -> None:
         [[torch.ones(2, 2)]],
     )
     assert seen == [0]
+
+
+class behind(through):
+    """Gathers twice before its inner rule begins."""
+
+    def scalars(self, step: int, hyper: Any) -> dict[str, float] | None:
+        return None if step <= 2 else {}
+
+    def inner_step(self, step: int) -> int:
+        return step - 2
+
+
+class behind_matrix(behind):
+    unit = "matrix"
+
+
+@pytest.mark.parametrize("outer", [behind, behind_matrix])
+def test_an_inner_rule_counts_the_steps_that_it_takes(outer: type[behind]) -> None:
+    start, grads = draw([(4, 3)], 6)
+    alone, driven = leaves(start), leaves(start)
+    wanted = play(optimizer(alone, adam(), lr=0.1), alone, grads[2:])
+    assert same(play(optimizer(driven, outer(adam()), lr=0.1), driven, grads), wanted)
+
+
+def test_an_inner_rule_is_told_and_refreshed_by_its_own_count() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class telling(apply_matrix):
+        every = 2
+
+        def refresh(self, u: Tensor, state: State, x: Tensor, k: Context) -> None:
+            seen.append(("refresh", k.step))
+
+    params = zeros((2, 2))
+    inner = telling(lambda u, state, x, k: (seen.append(("update", k.step)), u)[1])
+    play(optimizer(params, behind_matrix(inner), lr=1.0), params, [[torch.ones(2, 2)]] * 5)
+    assert seen == [("refresh", 1), ("update", 1), ("update", 2), ("refresh", 3), ("update", 3)]
+
+
+def test_nothing_but_the_update_is_carried_over_to_a_blind_rule() -> None:
+    carried: list[float] = []
+
+    class counting(through_matrix):
+        def enter(self, u: Tensor, state: State, x: Tensor, k: Context) -> tuple[Tensor | None, ...]:
+            carried.append(float(u.sum()))
+            return (u,)
+
+    for inner, times in ((adam(), 0), (heavy(), 2)):
+        carried.clear()
+        params = zeros((2, 2))
+        play(optimizer(params, counting(inner), lr=1.0), params, [[torch.ones(2, 2)]])
+        assert len(carried) == times

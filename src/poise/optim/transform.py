@@ -101,7 +101,7 @@ class Transform:
     inner: tuple[Transform, ...] = ()  # rules this one drives inside a split, a rotation, a preconditioner
     every: int = 0  # period of refresh(); 0: never
     owns_step: bool = False  # returns the displacement itself: no learning rate and no decay are appended
-    blind: bool = False  # (matrix, tensor) update() looks at u alone, so neither gradient nor weights are gathered for it
+    blind: bool = False  # update() looks at u alone: neither gradient nor weights are gathered (or, for inner, carried over)
     pure: bool = False  # (as inner rule) statistics are kept in measure(), so update() may be applied to many vectors
     defaults: Mapping[str, Any] = {}  # hyper-parameters: they appear in the optimizer's groups under these names
 
@@ -151,8 +151,15 @@ class Transform:
         return (p,) * len(self.inner)
 
     def enter(self, u: Tensor, state: State, x: Tensor, k: Context) -> tuple[Tensor | None, ...]:
-        """With `inner`: what each inner rule is fed; None: not run now. Pure and linear: gradient and weights pass it too."""
+        """With `inner`: what each inner rule is fed; None: not run now. Pure and linear: gradient and weights pass it too.
+
+        Where all inner rules are blind, it is not called for an update: they are given `u` by `apply` and see nothing else.
+        """
         return (u,) * len(self.inner)
+
+    def inner_step(self, step: int) -> int:
+        """With `inner`: the step count that inner rules are told, less than the rule's own if its first calls only gather."""
+        return step
 
     def update_rms(self, p: Param) -> float | None:
         """Root mean square of an entry of this link's output, where the rule fixes it; None: it is what u's was."""

@@ -200,7 +200,7 @@ class Engine:
                 lead = m if m.layer is None or m.layer.leads or m.partner is None or m.partner in grads else m.partner
                 # a weight without a gradient is refreshed for its bias, but only what sees the two as one
                 outers = [b for b in lead.bound if lead is m or b.link.unit == "layer"]
-                due = [b for outer in outers for b in outer.family() if b.link.due(p.steps[i])]
+                due = [b for outer in outers for b in outer.family() if b.due(p.steps[i])]
                 if due:
                     facts = {"feeds": p.feeds[i], "known": {"clock": p.clock, "loss": loss}}
                     refresh(lead, due, grads, p.rows[p.which[i]], p.steps[i], facts)

@@ -34,6 +34,7 @@ class Bound:
     shared: Mapping[str, str]  # the same for slots that all members of the link share
     inner: tuple[Bound, ...] = ()
     salt: int = SALT_RULE  # of its random numbers
+    outer: tuple[Transform, ...] = ()  # the rules that drive it, outermost first
 
     def state_keys(self) -> Iterator[str]:
         """State keys of the link and its inner rules."""
@@ -47,9 +48,20 @@ class Bound:
         for inner in self.inner:
             yield from inner.family()
 
+    def step(self, step: int) -> int:
+        """The parameter's step count, as this link is told it."""
+        for link in self.outer:
+            step = link.inner_step(step)
+        return step
+
+    def due(self, step: int) -> bool:
+        """Whether its `refresh` runs before this step of the parameter."""
+        own = self.step(step)
+        return own > 0 and self.link.due(own)
+
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float] | None:
         """This link's scalars and its inner rules', under their prefixes; None if this step only gathers."""
-        own = self.link.scalars(step, hyper)
+        own = self.link.scalars(self.step(step), hyper)
         if own is None:
             return None
         row = {f"{self.prefix}{name}": value for name, value in own.items()}
@@ -68,7 +80,8 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
     names = [name for slots in declared for name in slots]
     keys: dict[str, Slot] = {}
 
-    def visit(link: Transform, path: str, prefix: str, p: Param, top: bool, layer_rule: bool) -> Bound:
+    def visit(link: Transform, path: str, prefix: str, p: Param, outer: tuple[Transform, ...], layer_rule: bool) -> Bound:
+        top = not outer
         if isinstance(link, Chain):
             raise TypeError(f"{path}: an inner rule is a single link, got {link!r}")
         if not top and link.owns_step:
@@ -85,13 +98,14 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
             keys[key] = slot
             (shared if slot.shared else slots)[name] = key
         inner = tuple(
-            visit(rule, f"{path}.{index}.{type(rule).__name__}", f"{prefix}{index}.", part, False, layer_rule)
+            visit(rule, f"{path}.{index}.{type(rule).__name__}", f"{prefix}{index}.", part, (*outer, link), layer_rule)
             for index, (rule, part) in enumerate(zip(link.inner, link.parts(p), strict=True))
         )
-        return Bound(link, prefix, p, slots, shared, inner, SALT_RULE + zlib.crc32(prefix.encode()) % (1 << 20) * 101)
+        salt = SALT_RULE + zlib.crc32(prefix.encode()) % (1 << 20) * 101
+        return Bound(link, prefix, p, slots, shared, inner, salt, outer)
 
     bound = tuple(
-        visit(link, f"{index}.{type(link).__name__}", f"{index}.", q, True, link.unit == "layer")
+        visit(link, f"{index}.{type(link).__name__}", f"{index}.", q, (), link.unit == "layer")
         for index, (link, q) in enumerate(zip(links, seen, strict=True))
     )
     return bound, keys
@@ -157,6 +171,8 @@ class Env:
             return unit(self.bits(salt)).to(grad.dtype)
 
         known = {"loss": None, **self.feeds, **self.known}
+        if "step" in known:
+            known["step"] = bound.step(known["step"])
         return Context(
             scalars,
             grad=grad,
@@ -237,7 +253,9 @@ def call_update(bound: Bound, u: Tensor, env: Env) -> Tensor:
     link, view, inner = bound.link, env.view(bound), ()
     if bound.inner:
         plain = env.context(bound, env.grad)
-        grads = link.enter(env.grad, view, env.x, plain)
-        weights = link.enter(env.x, view, env.x, plain)
+        # what the inner rules do not look at need not be carried over to them
+        blind = all(b.link.blind and not b.link.pure for b in bound.inner)
+        grads = (env.grad,) * len(bound.inner) if blind else link.enter(env.grad, view, env.x, plain)
+        weights = (env.x,) * len(bound.inner) if blind else link.enter(env.x, view, env.x, plain)
         inner = tuple(Inner(b, env, g, w) for b, g, w in zip(bound.inner, grads, weights, strict=True))
     return link.update(u, view, env.x, env.context(bound, env.grad, inner))

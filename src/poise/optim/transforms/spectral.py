@@ -90,6 +90,19 @@ class orthogonalize(Transform):
         return f"orthogonalize({self.method!r}, steps={self.steps}, form={self.form!r}, dtype={self.dtype})"
 
 
+class unit_rms(Transform):
+    """The update of each matrix divided by the root mean square of its entries: `u <- u / (1e-30 + RMS(u))`."""
+
+    unit = "matrix"
+    blind = True
+
+    def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+        return u / (1e-30 + u.square().mean((-2, -1), keepdim=True).sqrt())
+
+    def update_rms(self, p: Param) -> float:
+        return 1.0
+
+
 # Of an m x n matrix, rows = outputs.
 SCALES: dict[ScaleRule, Callable[[int, int], float]] = {
     "original": lambda m, n: math.sqrt(max(1.0, m / n)),
