@@ -71,7 +71,7 @@ def checks(entry: Method, dtype: str, state: str, device: str) -> Found:
 def float32_products() -> Iterator[None]:
     """Within it, rules multiply matrices in float32 wherever they are."""
     held = polar.fast_bfloat16
-    polar.fast_bfloat16 = lambda _: False  # type: ignore[assignment]
+    polar.fast_bfloat16 = lambda _: False
     try:
         yield
     finally:
@@ -187,12 +187,13 @@ def as_torch(device: str) -> Found:
     from poise.optim import AdamW
 
     found = []
-    for kind in ("fused", "foreach"):
+    kinds: dict[str, dict[str, Any]] = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+    for kind, options in kinds.items():
         ends = []
         for ours in (True, False):
             start, grads = problem("float32", device)
             params = leaves(start)
-            opt = AdamW(params, lr=0.01) if ours else torch.optim.AdamW(params, lr=0.01, **{kind: True})
+            opt = AdamW(params, lr=0.01) if ours else torch.optim.AdamW(params, lr=0.01, **options)
             ends.append(play(opt, params, grads, RATES))
         found.append(Check.at_most(f"adamw: as torch's {kind} one", distance(*ends), NEAR, "largest distance of a weight"))
     return Found(found)
