@@ -1,4 +1,7 @@
-"""Runs a section in processes of its own: what crashes or hangs is recorded, and a new process goes on behind it."""
+"""Runs a section in processes of its own: what crashes or hangs is recorded, and a new process goes on behind it.
+
+Nothing here imports torch: this process must live whatever a driver does.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .worker import UNUSABLE
 
 HERE = Path(__file__).resolve().parents[1]
 ROOT = HERE.parent
+UNUSABLE = 70  # a process's exit code: the device answers no more in it
 RESTARTS = 5  # of one section: a device that fails again and again is known well enough
 
 

@@ -18,9 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .run import UNUSABLE
 from .settings import Found, Settings, failed
-
-UNUSABLE = 70  # exit code: the device answers no more in this process
 
 
 def main() -> None:
