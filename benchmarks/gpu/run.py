@@ -23,6 +23,7 @@ from . import report
 HERE = Path(__file__).resolve().parents[1]
 ROOT = HERE.parent
 UNUSABLE = 70  # a process's exit code: the device answers no more in it
+OVERTIME = 60.0  # seconds that a task begun in time may still take: a first compilation, say
 RESTARTS = 5  # of one section: a device that fails again and again is known well enough
 
 
@@ -116,7 +117,7 @@ def process(
                         save()
                     silent = time.perf_counter() - heard
                     over = time.perf_counter() - began - left
-                    if silent > limits.stall or over > limits.stall:
+                    if silent > limits.stall or over > min(limits.stall, OVERTIME):
                         why = f"did not finish in {silent:.0f} s"
                         break
             finally:
