@@ -6,6 +6,8 @@ VENV   ?= .venv
 WORKERS ?= 2
 # More arguments for pytest or the benchmark: make test ARGS="tests/optim -k lion".
 ARGS ?=
+# A further package index for torch: that of its ROCm builds, say.
+TORCH_INDEX ?=
 COMPARE ?= code-lm --methods adamw,lion,muon --trials 6 --tune-steps 150 --steps 300 --seeds 5 --out runs/compare --workers 2
 
 BIN := $(VENV)/bin
@@ -13,12 +15,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PROJECT := pyproject.toml constraints.txt hatch_build.py tools/lazy_stubs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv compare test bench lint format docs stubs clean
+.PHONY: help venv compare test bench gpu-check lint format docs stubs clean
 
 help:
 	@echo "make compare  install and weigh AdamW, Lion and Muon against each other; results in runs/compare"
 	@echo "make test     install and run the tests"
 	@echo "make bench    install and measure step times beside other libraries'"
+	@echo "make gpu-check  ten minutes on your GPU, and a JSON file to send back"
 	@echo "make lint     ruff, pyright and the import contracts"
 	@echo "make format   mend what ruff can mend"
 	@echo "make docs     build the site into build/site"
@@ -34,7 +37,12 @@ $(BIN)/python:
 
 # torch alone and first: the version that constraints.txt names, whatever the other packages would choose.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+# What the optimizers need to run.
+$(VENV)/.core: $(PROJECT) $(VENV)/.torch
+	$(PIP) numpy safetensors
 	@touch $@
 
 $(VENV)/.compare: $(PROJECT) $(VENV)/.torch
@@ -71,6 +79,17 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+# A PYTHON that was named and has torch is used as it is, and so is the torch of a $(VENV) that has one: what fits a GPU is its
+# owner's choice. Only an environment without torch gets one.
+HAS_TORCH := -c 'import torch, numpy, safetensors'
+NAMED := $(filter-out file,$(origin PYTHON))
+
+gpu-check:
+	@python="$(BIN)/python"; \
+	if [ -n "$(NAMED)" ] && $(PYTHON) $(HAS_TORCH) 2>/dev/null; then python="$(PYTHON)"; \
+	elif ! "$$python" $(HAS_TORCH) 2>/dev/null; then $(MAKE) --no-print-directory $(VENV)/.core || exit; fi; \
+	"$$python" benchmarks/gpu_check.py $(ARGS)
 
 # Every check runs, whatever the one before it said.
 lint: $(VENV)/.lint stubs

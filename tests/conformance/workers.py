@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +25,9 @@ from poise.optim import Transform
 from .cases import STATES, batch, build, entries, grads_like, loss_of
 from .problems import Grads, draw, leaves
 
+# What `make gpu-check` sets otherwise before it runs the scenarios on its own devices.
 WORLD = 2
+DEVICE = "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Scenario = Callable[[Method], dict[str, Any]]
 
@@ -34,7 +36,13 @@ def uneven(dtype: torch.dtype = torch.float32) -> nn.Module:
     """Rows that do not divide by two, two equal matrices, and a bias of one element, of which the second rank holds nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(128, 65), nn.ReLU(), nn.Linear(65, 128), nn.Linear(128, 65), nn.Linear(65, 1)).to(dtype)
+        model = nn.Sequential(nn.Linear(128, 65), nn.ReLU(), nn.Linear(65, 128), nn.Linear(128, 65), nn.Linear(65, 1))
+        return model.to(DEVICE, dtype)
+
+
+def mesh() -> DeviceMesh:
+    """All ranks in a row."""
+    return init_device_mesh(DEVICE, (WORLD,))
 
 
 def outcome(opt: torch.optim.Optimizer, found: Any, alone: Any, start: list[Tensor]) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def outcome(opt: torch.optim.Optimizer, found: Any, alone: Any, start: list[Tens
 
 
 def whole(tensors: Any) -> list[Tensor]:
-    return [(t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+    return [(t.full_tensor() if isinstance(t, DTensor) else t).detach().clone().cpu() for t in tensors]
 
 
 def give(params: list[Any], row: list[Tensor | None]) -> None:
@@ -54,7 +62,7 @@ def give(params: list[Any], row: list[Tensor | None]) -> None:
         if g is None:
             p.grad = None
             continue
-        g = g.to(p.dtype)
+        g = g.to(DEVICE, p.dtype)
         p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
 
 
@@ -65,28 +73,30 @@ def steps(opt: torch.optim.Optimizer, params: list[Any], grads: Grads) -> None:
 
 
 def ddp(entry: Method) -> dict[str, Any]:
-    """Real gradients, averaged by DDP, against one process that averages the same two halves itself."""
-    rank = dist.get_rank()
-    data = batch()
-    halves = [(data[0][half], data[1][half]) for half in (slice(0, 32), slice(32, 64))]
+    """Real gradients, averaged by DDP, against one process that averages the same parts of the batch itself."""
+    rank, data = dist.get_rank(), batch()
+    size = 64 // WORLD
+    mine = [slice(i * size, (i + 1) * size) for i in range(WORLD)]
+    shares = [(data[0][part].to(DEVICE), data[1][part].to(DEVICE)) for part in mine]
     model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     torch.manual_seed(0)
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
+    model.to(DEVICE)
     twin, start = copy.deepcopy(model), whole(model.parameters())
     replica = DistributedDataParallel(model)
     opt, twin_opt = (build(entry, m, state="int8", backend="eager") for m in (replica, twin))
     for _ in range(3):
         opt.zero_grad()
-        loss_of(replica, halves[rank]).backward()
+        loss_of(replica, shares[rank]).backward()
         opt.step()
         parts = []
-        for half in halves:
+        for share in shares:
             twin.zero_grad()
-            loss_of(twin, half).backward()
+            loss_of(twin, share).backward()
             parts.append([p.grad.clone() for p in twin.parameters() if p.grad is not None])
-        for p, a, b in zip(twin.parameters(), *parts, strict=True):
-            p.grad = (a + b) / 2
+        for p, *found in zip(twin.parameters(), *parts, strict=True):
+            p.grad = torch.stack(found).sum(0) / WORLD
         twin_opt.step()
     return outcome(opt, model.parameters(), twin.parameters(), start)
 
@@ -96,7 +106,7 @@ def sharded(state: str, dtype: str, backend: str = "eager") -> Scenario:
 
     def run(entry: Method) -> dict[str, Any]:
         model, twin = uneven(DTYPES[dtype]), uneven(DTYPES[dtype])
-        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        fully_shard(model, mesh=mesh())
         params, alone = list(model.parameters()), list(twin.parameters())
         grads = grads_like(alone, 4)
         grads[1][0] = grads[2][3] = None
@@ -113,9 +123,9 @@ def backward(entry: Method) -> dict[str, Any]:
     """FSDP2 with real gradients: losses of the sharded and of the plain model, step by step."""
     model, twin = uneven(), uneven()
     start = whole(twin.parameters())
-    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    fully_shard(model, mesh=mesh())
     opt, twin_opt = build(entry, model, backend="eager"), build(entry, twin, backend="eager")
-    x, y = batch()[0], torch.ones(64, 1)
+    x, y = batch()[0].to(DEVICE), torch.ones(64, 1, device=DEVICE)
     for _ in range(3):
         for m, o in ((model, opt), (twin, twin_opt)):
             o.zero_grad()
@@ -126,9 +136,8 @@ def backward(entry: Method) -> dict[str, Any]:
 
 def columns(entry: Method) -> dict[str, Any]:
     """Matrices cut by columns, as tensor parallelism cuts every second one: pieces that are not contiguous in the whole."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    alone = leaves(draw([(64, 127), (64, 127)], 0, dtype=torch.bfloat16)[0])
-    params = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(1)])) for p in alone]
+    alone = leaves([p.to(DEVICE) for p in draw([(64, 127), (64, 127)], 0, dtype=torch.bfloat16)[0]])
+    params = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh(), [Shard(1)])) for p in alone]
     start, grads = whole(alone), grads_like(alone, 4)
     opt = build(entry, params, backend="auto")
     steps(opt, params, grads)
@@ -138,10 +147,9 @@ def columns(entry: Method) -> dict[str, Any]:
 
 def resumed(entry: Method) -> dict[str, Any]:
     """FSDP2: state out, fresh objects, state in, on: against the run that was not interrupted."""
-    mesh = init_device_mesh("cpu", (WORLD,))
     model, fresh = uneven(torch.bfloat16), uneven(torch.bfloat16)
-    fully_shard(model, mesh=mesh)
-    fully_shard(fresh, mesh=mesh)
+    fully_shard(model, mesh=mesh())
+    fully_shard(fresh, mesh=mesh())
     params, again = list(model.parameters()), list(fresh.parameters())
     start = whole(params)
     grads = grads_like(leaves(whole(params)), 4)

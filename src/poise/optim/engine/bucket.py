@@ -157,7 +157,7 @@ class Bucket:
         """Run the next stretch of a pass; `totals` are by identity of the link."""
         segment = self.segments[p.segment]
         p.segment += 1
-        by_prefix = {b.prefix: totals[id(b.link)] for b in self.bound if id(b.link) in totals}
+        by_prefix = {b.prefix: self._here(totals[id(b.link)]) for b in self.bound if id(b.link) in totals}
         if not segment.element:
 
             def facts(i: int) -> dict[str, Any]:
@@ -187,6 +187,10 @@ class Bucket:
         if dry:
             assert capture is not None
             capture.update({m: u.reshape(m.rank_shape).clone() for m, u in zip(p.members, p.us, strict=True)})
+
+    def _here(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Totals on this bucket's device: a link may stand over parameters on several."""
+        return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in values.items()}
 
     def _reads(
         self, question: Any, prefix: str, names: tuple[str, ...], row: Mapping[str, Any], total: Mapping[str, Any]
@@ -272,7 +276,7 @@ class Bucket:
         for at in kinds.values():
             mine = {prefix: (names, values[at]) for prefix, (names, values) in own.items()}
             found.append((at, *self._run_one(positions, p.pick(at), totals, mine, measuring, dry)))
-        sums = torch.zeros(len(p.members), found[0][2].shape[1], dtype=found[0][2].dtype)
+        sums = found[0][2].new_zeros(len(p.members), found[0][2].shape[1])
         for at, _, values in found:
             sums[at] = values
         return found[0][1], sums

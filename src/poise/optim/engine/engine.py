@@ -8,6 +8,8 @@ link measures the update until all buckets that hold that link have measured it.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -235,7 +237,9 @@ class Engine:
             counted += self._absent(link, passes)
         if link.unit == "element":
             _over_ranks(counted)
-        totals = dict(zip(found[0][3], torch.stack([values.sum(0) for _, values in counted]).sum(0).unbind(0), strict=True))
+        where = found[0][4].device  # of the totals, should the members be on several
+        sums = torch.stack([values.sum(0).to(where) for _, values in counted]).sum(0)
+        totals = dict(zip(found[0][3], sums.unbind(0), strict=True))
         for bucket, p, position, names, values in found:
             p.own[bucket.bound[position].prefix] = (names, values)
         bucket, p, position, _, _ = found[0]
@@ -293,9 +297,23 @@ def mode_for(device: torch.device, backend: str) -> str:
             "poise: no C++ compiler found (CXX, g++, clang++, c++), so rules run piece by piece at about a third of the speed"
         )
         return "chunks"
-    if device.type == "meta" or (device.type == "cuda" and importlib.util.find_spec("triton") is None):
+    if device.type == "meta":
+        return "eager"
+    if device.type == "cuda" and (lacking := triton_lacks(device)) is not None:
+        say_once(f"poise: {lacking}, so rules run operation by operation, at a fraction of the speed")
         return "eager"
     return "inductor"
+
+
+def triton_lacks(device: torch.device) -> str | None:
+    """What keeps torch.compile from this GPU, of NVIDIA or AMD; None if nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton found, which torch.compile needs on a GPU"
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "no C compiler found (CC, gcc, clang), which Triton needs"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Triton supports (compute capability 7.0)"
+    return None
 
 
 def usable(m: Member, grad: Tensor) -> Tensor:

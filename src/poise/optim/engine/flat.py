@@ -68,12 +68,14 @@ class Flat:
         for key in self.program.keys:
             tensors[key] = member.stores[key].read(state).reshape(-1)
         tensors["row"] = row
-        tensors["noise"] = torch.tensor([member.noise_key(step), 0], dtype=torch.int32).to(row.device, non_blocking=True)
+        noise = torch.tensor([member.noise_key(step), member.start or 0], dtype=torch.int32)
+        tensors["noise"] = noise.to(row.device, non_blocking=True)
+        index = None if member.start is not None and self.pieces is None else member.index
         if self.pieces is not None:
             results = self.pieces(tensors, dict(zip(self.program.names, numbers, strict=True)), member.index)
         else:
             run = self.program.plain if self.compiled is None else self.compiled
-            results = settled(run(tensors, None, member.index), tensors.values())
+            results = settled(run(tensors, None, index), tensors.values())
         if self.program.measures:
             self._keep(member, {k: v for k, v in results.items() if "/" not in k}, step)
             return torch.cat([results[name] for name in self.sums]) if self.sums else torch.zeros(0)
@@ -86,7 +88,7 @@ class Flat:
                     target.copy_(value.reshape(target.shape))
             if self.told is not None:
                 now = fmt.read(stored).reshape(-1)
-                results |= self.told({**tensors, **results, "x": now, "error": wanted - now}, None, member.index)
+                results |= self.told({**tensors, **results, "x": now, "error": wanted - now}, None, index)
         if "u" in results:
             given["u"].copy_(results.pop("u").reshape(given["u"].shape))
         self._keep(member, results, step)

@@ -141,8 +141,15 @@ class Member:
 
     @cached_property
     def index(self) -> Tensor:
-        """Global index of every local element, for noise."""
+        """Global index of every local element, for noise. Kept, at 4 bytes an element: see `start`."""
         return shards.index(self.tensor)
+
+    @cached_property
+    def start(self) -> int | None:
+        """Global index of the first local element, if the others follow it one by one and need no `index`; else None."""
+        if len(self.runs) > 1 or self.local.numel() >= 2**31:
+            return None
+        return rounding.int32(self.runs[0][2]) if self.runs else 0
 
     @cached_property
     def groups(self) -> tuple[Any, ...]:
@@ -159,8 +166,12 @@ class Member:
 
     def bits(self, step: int, salt: int) -> Tensor:
         """Random bits for every local element."""
-        key = torch.tensor(self.noise_key(step), dtype=torch.int32, device=self.index.device)
-        return rounding.noise_bits(key + salt, self.index)
+        if self.start is None or "index" in self.__dict__:
+            where = self.index
+        else:
+            where = torch.arange(self.local.numel(), dtype=torch.int32, device=self.device) + self.start
+        # the key as a number: as a tensor, a GPU would be waited for
+        return rounding.noise_bits(rounding.int32(self.noise_key(step) + salt), where)
 
     def signature(self) -> tuple[Any, ...]:
         """Members with equal signatures run through the same kernels."""

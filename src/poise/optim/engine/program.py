@@ -150,7 +150,8 @@ def reads_loss(bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Ro
 
 
 def _trial(bound: Bound, feeds: Sequence[str], row: Row, total: Row, own: Row) -> Env:
-    """Two elements to run a link on."""
+    """Two elements to run a link on, wherever the totals are: what is asked does not depend on their values."""
+    total = {name: torch.ones_like(v, device="cpu") if isinstance(v, Tensor) else v for name, v in total.items()}
     states = {key: torch.ones(2) for key in Program((bound,), True, False, ()).keys}
     fed = {name: torch.ones(2) for name in feeds}
     env = Env(torch.ones(2), torch.ones(2), states, row, totals={bound.prefix: total}, own={bound.prefix: own}, feeds=fed)

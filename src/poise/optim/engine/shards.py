@@ -59,10 +59,37 @@ def index(p: Tensor) -> Tensor:
 
 
 def like(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | None]) -> Tensor:
-    """`piece` as a tensor of global `shape` distributed as `p` is, state dimension i following parameter dimension dims[i]."""
+    """`piece` as a tensor of global `shape` distributed as `p` is, state dimension i following parameter dimension dims[i].
+
+    It stays on its device, as the pieces of `p` do, which FSDP2 may keep on the CPU though its mesh is one of GPUs.
+    """
     if not is_sharded(p):
         return piece
-    from torch.distributed.tensor import DTensor, Replicate
+    if piece.device.type == p.device_mesh.device_type:
+        return _on_mesh(p, piece, shape, dims)
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(torch.Size(shape), _strides(shape), piece.dtype)
+    spec = DTensorSpec(p.device_mesh, tuple(_placements(p, dims)), tensor_meta=meta)
+    return DTensor(piece, spec, requires_grad=False)
+
+
+def _on_mesh(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | None]) -> Any:
+    """The same, moved to the device of the mesh where it is elsewhere."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        piece, p.device_mesh, _placements(p, dims), run_check=False, shape=torch.Size(shape), stride=_strides(shape)
+    )
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _placements(p: Any, dims: Sequence[int | None]) -> list[Any]:
+    from torch.distributed.tensor import Replicate
 
     follows = {d: i for i, d in enumerate(dims) if d is not None}
     placements = []
@@ -72,8 +99,7 @@ def like(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | None]
             placements.append(Replicate())
         else:
             placements.append(_moved(placement, follows[dim]))
-    stride = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    return DTensor.from_local(piece, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+    return placements
 
 
 def _moved(placement: Any, dim: int) -> Any:
@@ -94,7 +120,7 @@ def gather(p: Any, piece: Tensor) -> Tensor:
     whole = DTensor.from_local(
         piece.contiguous(), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
-    return whole.full_tensor()
+    return whole.full_tensor().to(piece.device)
 
 
 def scatter(p: Tensor, whole: Tensor) -> Tensor:
@@ -118,7 +144,12 @@ def add_up(value: Tensor, over: tuple[Any, ...]) -> Tensor:
         import torch.distributed as dist
 
         for group in over:
-            dist.all_reduce(value, group=group)
+            if value.device.type in dist.get_backend_config(group):
+                dist.all_reduce(value, group=group)
+                continue
+            moved = value.to(torch.accelerator.current_accelerator())  # weights kept on the CPU, ranks that only GPUs connect
+            dist.all_reduce(moved, group=group)
+            value = moved.to(value.device)
     return value
 
 
@@ -126,7 +157,7 @@ def gather_as(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | 
     """As `gather`, for state of another shape that follows some of the parameter's dimensions."""
     if not is_sharded(p):
         return piece
-    return like(p, piece.contiguous(), shape, dims).full_tensor()  # type: ignore[attr-defined]
+    return _on_mesh(p, piece.contiguous(), shape, dims).full_tensor().to(piece.device)
 
 
 def scatter_as(p: Any, whole: Tensor, shape: Sequence[int], dims: Sequence[int | None]) -> Tensor:

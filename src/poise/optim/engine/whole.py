@@ -209,7 +209,7 @@ def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None
 def plain_bits(member: Member, step: int, salt: int, size: int) -> Tensor:
     """Random bits for a tensor that every rank holds whole."""
     where = torch.arange(size, dtype=torch.int32, device=member.local.device)
-    return noise_bits(torch.tensor(int32(member.noise_key(step) + salt), dtype=torch.int32, device=where.device), where)
+    return noise_bits(int32(member.noise_key(step) + salt), where)
 
 
 def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
@@ -217,10 +217,7 @@ def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Ten
 
     def bits(salt: int, like: Tensor) -> Tensor:
         where = torch.arange(like.numel() // len(members), dtype=torch.int32, device=like.device)
-        keys = [
-            torch.tensor(int32(m.noise_key(s) + salt), dtype=torch.int32, device=like.device)
-            for m, s in zip(members, steps, strict=True)
-        ]
+        keys = [int32(m.noise_key(s) + salt) for m, s in zip(members, steps, strict=True)]
         return torch.stack([noise_bits(key, where) for key in keys]).reshape(like.shape)
 
     return bits

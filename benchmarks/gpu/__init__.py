@@ -1,0 +1,1 @@
+"""What `gpu_check.py` measures, section by section, and the processes in which it does."""
