@@ -103,7 +103,9 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    "other", [{"seed": 4}, {"passes": 31}, {"entry": Entry(SGD)}, {"entry": Entry(ADAMW.method, {"lr": 0.02})}], ids=str
+    "other",
+    [{"seed": 4}, {"passes": 31}, {"entry": Entry(SGD)}, {"entry": Entry(ADAMW.method, {"lr": 0.02})}],
+    ids=["seed", "passes", "method", "settings"],
 )
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(tmp_path: Path, other: dict[str, Any]) -> None:
     with pytest.raises(Killed):
