@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from poise.catalog import Space, choice, log_uniform, uniform
-from poise.compare.sampler import draw, edge, inside
+from poise.compare.sampler import draw, edge, inside, widen
 
 from .toys import entry
 
@@ -82,3 +82,25 @@ def test_an_edge_is_the_outer_twentieth_of_the_scale_that_is_drawn_on(space: Spa
 def test_trials_are_numbered_from_zero() -> None:
     with pytest.raises(ValueError, match="number=-1"):
         draw(METHOD, 0, -1)
+
+
+RATES = {"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-3, 1.0), "momentum": uniform(0.0, 1.0)}
+
+
+def test_a_range_is_widened_beyond_the_edge_that_the_two_best_point_to() -> None:
+    best, second = ({"lr": lr, "weight_decay": 0.03, "momentum": 0.99} for lr in (0.09, 0.03))
+    wider = widen(RATES, best, second)
+    assert wider.keys() == {"lr"}  # a momentum cannot pass 1
+    assert wider["lr"].low < 0.03 < 0.1 < wider["lr"].high and wider["lr"].high == pytest.approx(0.1 * 1000**0.5)
+    low = widen(RATES, {**best, "lr": 1.1e-4}, {**second, "lr": 3e-4})["lr"]
+    assert low.low == pytest.approx(1e-4 / 1000**0.5) and low.high > 1e-4
+
+
+def test_a_best_value_that_is_alone_at_an_edge_is_taken_for_an_accident() -> None:
+    best, second = ({"lr": lr, "weight_decay": 0.03, "momentum": 0.5} for lr in (0.09, 0.001))
+    assert widen(RATES, best, second) == {}
+
+
+def test_less_decay_than_the_least_is_no_decay_and_not_looked_for() -> None:
+    best, second = ({"lr": 0.003, "weight_decay": decay, "momentum": 0.5} for decay in (0.001, 0.002))
+    assert widen(RATES, best, second) == {}

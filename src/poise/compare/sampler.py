@@ -19,6 +19,7 @@ Side = Literal["low", "high"]
 EDGE = 0.05  # share of a range, in the scale it is drawn on, that counts as its edge
 WIDER = (0.25, 0.5)  # a range is widened from this share of it inside its edge to this share outside
 NO_EDGE = {("weight_decay", "low")}  # below it there is only no decay, which the least of the range already is
+NEAR = 1 / 3  # the share in which the second best must lie, for the best to be taken for the end of a trend
 RESERVE = 4  # one trial in so many waits to see whether the best of the others lies at an edge
 
 
@@ -48,16 +49,19 @@ def reserved(trials: int) -> int:
     return trials // RESERVE
 
 
-def widen(space: Mapping[str, Space], best: Mapping[str, Any]) -> dict[str, Space]:
-    """Wider ranges for the hyper-parameters whose best value lies at an edge; {} if none does.
+def widen(space: Mapping[str, Space], best: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Space]:
+    """Wider ranges for the hyper-parameters whose best value lies at an edge, with the second best near it; {} if none does.
 
-    Only logarithmic ranges are: those of rates and decays have no end of their own, while a momentum cannot pass 1. The new
+    The second trial tells a trend from an accident: one draw in ten lies at an edge of a range that hardly matters. Only
+    logarithmic ranges are widened: those of rates and decays have no end of their own, while a momentum cannot pass 1. The new
     range begins well inside the old one and leaves it by half of its length, in the scale it is drawn on.
     """
     wider = {}
     for name, value in best.items():
         old = space[name]
-        if old.kind == "log_uniform" and (side := edge(old, value)) is not None and (name, side) not in NO_EDGE:
+        if old.kind != "log_uniform" or (side := edge(old, value)) is None or (name, side) in NO_EDGE:
+            continue
+        if edge(old, second[name], NEAR) == side:
             span = old.high / old.low
             if side == "high":
                 wider[name] = Space("log_uniform", old.high * span ** -WIDER[0], old.high * span ** WIDER[1])
@@ -108,15 +112,15 @@ def inside(space: Space, value: Any) -> bool:
     return isinstance(value, int | float) and space.low <= value <= space.high
 
 
-def edge(space: Space, value: Any) -> Side | None:
-    """At which end of `space` a value lies, if at one: the optimum may then lie outside."""
+def edge(space: Space, value: Any, share: float = EDGE) -> Side | None:
+    """At which end of `space`, in its outer `share`, a value lies, if at one: the optimum may then lie outside."""
     if space.kind == "choice":
         return None
     low, high, at = float(space.low), float(space.high), float(value)
     if space.kind == "log_uniform":
         low, high, at = math.log(low), math.log(high), math.log(at)
     part = (at - low) / (high - low)
-    return "low" if part < EDGE else "high" if part > 1 - EDGE else None
+    return "low" if part < share else "high" if part > 1 - share else None
 
 
 def defaults(method: Method) -> Mapping[str, Any]:

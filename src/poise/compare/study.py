@@ -99,9 +99,9 @@ class Study:
         """The reserved trials, then every method's best."""
         wanted = []
         for name, entry in self.entries.items():
-            best = choose(found.trials[name])
-            hyper = {} if best is None else found.trials[name][best].hyper
-            wider = sampler.widen(entry.space, hyper) if self.reserved(entry) else {}
+            two = [found.trials[name][number].hyper for number in ranked(found.trials[name])[:2]]
+            hyper = two[0] if two else {}
+            wider = sampler.widen(entry.space, *two) if self.reserved(entry) and len(two) == 2 else {}
             found.widened[name] = wider
             self.spaces[name] = {key: sampler.union(space, wider.get(key)) for key, space in entry.space.items()}
             for number in range(len(found.trials[name]), trials_of(entry, self.settings)):
