@@ -9,7 +9,7 @@ reference in `tests/optim/rules/test_lion.py`, which may define:
     TOLERANCE: float                            of the comparison; default 1e-10
     build(params, *, lr, **options)             how a transform becomes an optimizer; default: a chain of it alone
 
-Where a file holds several entries, `reference_<name>`, `CASES_<name>` and so on come first.
+Where a file holds several entries, `reference_<name>`, `CASES_<name>` and so on come first, with "_" for "-".
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def told(entry: Method, what: str, default: Any = None) -> Any:
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         _loaded[path] = module
-    return getattr(_loaded[path], f"{what}_{entry.name}", getattr(_loaded[path], what, default))
+    own = f"{what}_{entry.name}".replace("-", "_")
+    return getattr(_loaded[path], own, getattr(_loaded[path], what, default))
 
 
 def tolerance(entry: Method) -> float:

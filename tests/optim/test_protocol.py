@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.problems import Grads, draw, leaves, play, same
-from optim.toys import apply, apply_matrix, gain, heavy, numbers, optimizer, update_of, zeros
+from conformance.problems import Grads, distance, draw, leaves, play, same
+from optim.toys import apply, apply_matrix, apply_tensor, gain, heavy, numbers, optimizer, ramp, update_of, zeros
 from torch import Tensor
 
 from poise.optim import Context, Optimizer, Param, Slot, Transform, chain
@@ -418,6 +418,21 @@ def test_what_is_fed_reaches_the_update_of_its_parameter(how: str) -> None:
     opt.feed(target=given)
     found = play(opt, params, [[numbers(0.0, 0.0), numbers(0.5)]])
     assert same(found, [numbers(-10.0, -20.0), numbers(-30.5)])
+
+
+@pytest.mark.parametrize("kind", [apply, apply_matrix, apply_tensor])
+def test_what_is_fed_is_seen_in_phase_one_as_the_gradient_is(kind: type[apply]) -> None:
+    """A convolution's as the matrix that it is, where the rule sees one."""
+
+    def measure(self: Any, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
+        return {"product": (u * k.target).sum()}
+
+    measuring = type(kind.__name__, (kind,), {"measure": measure})
+    params = zeros((2, 3, 2))
+    opt = optimizer(params, measuring(lambda u, state, x, k: u * k.total["product"], feeds=("target",)), lr=1.0)
+    gradient, target = ramp(2, 3, 2), ramp(2, 3, 2).flip(0, 1, 2)
+    opt.feed(target=[target])
+    assert distance(play(opt, params, [[gradient]]), [-gradient * (gradient * target).sum()]) < 1e-12
 
 
 def test_what_is_fed_is_used_up_by_one_step() -> None:

@@ -986,6 +986,14 @@ def test_a_rule_that_would_touch_nothing_is_an_error() -> None:
         check_used(routes, assigned)
 
 
+def test_a_rule_that_is_optional_may_touch_nothing() -> None:
+    (group,) = collect([ones(4, 4)])
+    routes = [Route("sign", Rule(), by_role("embedding"), optional=True), Route("adamw", Rule(), everything)]
+    check_used(routes, assign(group, routes))
+    with pytest.raises(ValueError, match="'sign' would touch nothing"):
+        check_used([Route("sign", Rule(), by_role("embedding")), routes[1]], assign(group, routes))
+
+
 def test_one_group_is_enough_to_use_a_rule_and_the_rest_may_be_nothing() -> None:
     routes = muon_and_adamw()
     groups = collect([{"params": [ones(4)]}, {"params": [ones(4, 4)]}])

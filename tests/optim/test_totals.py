@@ -481,3 +481,44 @@ def test_gathering_parameters_are_measured_but_not_moved() -> None:
     opt = optimizer(params, late(), lr=1.0)
     found = play(opt, params, [[A, None], [A, B]])
     assert distance(found, [-A / 220, torch.zeros_like(B)]) < 1e-15
+
+
+# -- what each parameter measured --------------------------------------------------------------------------------------------
+
+
+class over_largest(over):
+    """`u <- u / (the largest of what was measured)`."""
+
+    def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
+        return {"sum": k.each["sum"].amax()}
+
+
+class over_largest_matrix(over_largest):
+    unit = "matrix"
+
+
+class over_largest_layer(over_largest):
+    unit = "layer"
+
+
+@pytest.mark.parametrize("reads", ["grad", "update"])
+@pytest.mark.parametrize("kind", [over_largest, over_largest_matrix])
+def test_reduce_may_look_at_what_each_parameter_measured(kind: type[over], reads: str) -> None:
+    assert distance(update_of(kind(reads), A, B), [A / 210, B / 210]) < 1e-15
+    assert distance(update_of(kind(reads), -A, -B), [A / 10, B / 10]) < 1e-15
+
+
+def test_reduce_sees_each_parameter_of_every_rule_that_holds_the_link() -> None:
+    shared = over_largest()
+    params = zeros((2, 2), (2, 3))
+    routes = [Route("a", chain(shared, gain(2.0)), by_name("a*")), Route("b", chain(heavy(), shared), everything)]
+    opt = optimizer([("a", params[0]), ("b", params[1])], routes, lr=1.0)
+    assert distance(play(opt, params, [[A, B]]), [-2 * A / 210, -B / 210]) < 1e-15
+
+
+def test_a_layer_is_one_of_those_that_measured() -> None:
+    """Its weight and bias measure together: the bias is no layer of its own, whose sum of 0 would be the largest."""
+    params = zeros((2, 2), (2,))
+    opt = optimizer([("l.weight", params[0]), ("l.bias", params[1])], over_largest_layer(), lr=1.0)
+    bias = torch.ones(2, dtype=torch.float64)
+    assert distance(play(opt, params, [[-A, -bias]]), [-A / 12, -bias / 12]) < 1e-15

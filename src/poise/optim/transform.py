@@ -127,6 +127,8 @@ class Transform:
     def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
         """Once per link and step, on the totals over all its parameters and ranks: what `k.total` holds in `update`.
 
+        Where a sum does not say enough (a maximum, a median), `k.each` has what every parameter measured.
+
         A result named "skip", if true, abandons the whole step before anything has changed. Only a link that measures the raw
         gradient and keeps no state of its own per parameter may return it.
         """
@@ -226,6 +228,7 @@ class Context:
     Attributes:
         grad: the raw gradient of this piece.
         total: what `reduce` returned. `own`: what `measure` returned for this very parameter.
+        each: in `reduce` alone, what `measure` returned for each of the link's parameters, (parameters,), in no fixed order.
         step: the parameter's step count, `clock`: the steps this rule has taken over all of its parameters. Both exist only
             where nothing is compiled (`refresh`, `reduce`, and rules of unit "matrix", "tensor", "layer").
         loss: the loss, if the closure gave one, else None.
@@ -236,6 +239,7 @@ class Context:
     grad: Tensor
     total: Mapping[str, Tensor]
     own: Mapping[str, Tensor]
+    each: Mapping[str, Tensor]
     loss: Tensor | None
     inner: tuple[Any, ...]
     param: Param

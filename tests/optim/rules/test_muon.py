@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.problems import Grads, distance, draw, leaves, play, same
+from optim.references import adamw, polar, shape_factor
 from torch import Tensor, nn
 
 from poise.optim import Muon
@@ -24,55 +25,6 @@ CASES: list[dict[str, Any]] = [
     {"method": "ns5", "nesterov": False, "scale_rule": "match_rms", "adamw_lr": 1e-2},
     {"method": "svd", "scale_rule": "spectral", "momentum": 0.5, "adamw_betas": (0.8, 0.9), "adamw_eps": 1e-3},
 ]
-
-# Polar Express (arXiv 2505.16932): its polynomials for singular values in [1e-3, 1], and the one that follows for ever.
-EXPRESS = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-]
-EXPRESS_END = (1.875, -1.25, 0.375)
-
-
-def polar(matrix: Tensor, method: str, steps: int | None) -> Tensor:
-    """The (nearly) orthogonal factor of one matrix, every product written out.
-
-    The programs add 1e-7 to the norm against a division by zero; here zero returns zero and nothing is added.
-    """
-    if method == "svd":
-        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u @ vh
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    norm = torch.linalg.matrix_norm(x)
-    if norm == 0:
-        return matrix
-    if method == "ns5":
-        polynomials = [(3.4445, -4.7750, 2.0315)] * (steps or 5)
-        x = x / norm
-    elif method == "polar_express":
-        safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EXPRESS]
-        polynomials = [safe[i] if i < len(safe) else EXPRESS_END for i in range(steps or 5)]
-        x = x / (1.01 * norm)
-    else:
-        raise ValueError(method)
-    for a, b, c in polynomials:
-        gram = x @ x.T
-        x = a * x + b * (gram @ x) + c * (gram @ gram @ x)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def shape_factor(rows: int, columns: int, rule: str) -> float:
-    """`original` is the release's, `match_rms` Moonlight's, `spectral` Scion's."""
-    return {
-        "original": math.sqrt(max(1.0, rows / columns)),
-        "match_rms": 0.2 * math.sqrt(max(rows, columns)),
-        "spectral": math.sqrt(rows / columns),
-        "none": 1.0,
-    }[rule]
 
 
 def reference(
@@ -95,26 +47,21 @@ def reference(
     rates = list(lr) if isinstance(lr, Sequence) else [lr] * len(grads)
     ends = []
     for i, start in enumerate(params):
+        gradients = [row[i] for row in grads]
+        if start.ndim < 2:
+            others = [adamw_lr * rate / rates[0] for rate in rates]
+            ends.append(adamw(start, gradients, others, adamw_betas, adamw_eps, adamw_weight_decay))
+            continue
         w = start.double().clone()
-        first, second, t = torch.zeros_like(w), torch.zeros_like(w), 0
-        for rate, row in zip(rates, grads, strict=True):
-            gradient = row[i]
+        buffer = torch.zeros_like(w)
+        for rate, gradient in zip(rates, gradients, strict=True):
             if gradient is None:
                 continue
             g = gradient.double()
-            t += 1
-            if w.ndim >= 2:
-                first = momentum * first + (1 - momentum) * g
-                m = ((1 - momentum) * g + momentum * first if nesterov else first).reshape(len(w), -1)
-                o = polar(m, method, steps) * shape_factor(*m.shape, scale_rule)
-                w = (1 - rate * weight_decay) * w - rate * o.reshape(w.shape)
-            else:
-                rate = adamw_lr * rate / rates[0]
-                b1, b2 = adamw_betas
-                first = b1 * first + (1 - b1) * g
-                second = b2 * second + (1 - b2) * g**2
-                step = first / (1 - b1**t) / ((second / (1 - b2**t)).sqrt() + adamw_eps)
-                w = (1 - rate * adamw_weight_decay) * w - rate * step
+            buffer = momentum * buffer + (1 - momentum) * g
+            m = ((1 - momentum) * g + momentum * buffer if nesterov else buffer).reshape(len(w), -1)
+            o = polar(m, method, steps) * shape_factor(*m.shape, scale_rule)
+            w = (1 - rate * weight_decay) * w - rate * o.reshape(w.shape)
         ends.append(w)
     return ends
 

@@ -240,6 +240,7 @@ class Engine:
         where = found[0][4].device  # of the totals, should the members be on several
         sums = torch.stack([values.sum(0).to(where) for _, values in counted]).sum(0)
         totals = dict(zip(found[0][3], sums.unbind(0), strict=True))
+        each = torch.cat([values[_counting(link, members)].to(where) for members, values in counted])
         for bucket, p, position, names, values in found:
             p.own[bucket.bound[position].prefix] = (names, values)
         bucket, p, position, _, _ = found[0]
@@ -249,8 +250,9 @@ class Engine:
         view = StateView({key: holder.state[key] for key in at.shared.values()}, at.shared, written)
         row = {n.removeprefix(bound.prefix): v for n, v in p.rows[p.which[i]].items() if n.startswith(bound.prefix)}
         k = Context(
-            row, total=totals, own={}, loss=loss, step=p.steps[i], clock=p.clock, param=member.spec, inner=(), grad=p.grads[i]
-        )
+            row, total=totals, own={}, loss=loss, step=p.steps[i], clock=p.clock, param=member.spec, inner=(), grad=p.grads[i],
+            each=dict(zip(found[0][3], each.unbind(1), strict=True)),
+        )  # fmt: skip
         reduced = link.reduce(totals, view, k)
         if "skip" in reduced and link not in self.stateless:
             raise ValueError(
@@ -365,6 +367,14 @@ def _over_ranks(counted: Sequence[tuple[Sequence[Member], Tensor]]) -> None:
         together = shards.add_up(torch.stack([values[i] for values, i in entries]), over)
         for (values, i), summed in zip(entries, together, strict=True):
             values[i] = summed
+
+
+def _counting(link: Transform, members: Sequence[Member]) -> list[int] | slice:
+    """Places of the members that were measured; of a layer with two parameters, only one is."""
+    if link.unit != "layer":
+        return slice(None)
+    here = set(members)
+    return [i for i, m in enumerate(members) if m.layer is None or m.layer.leads or m.partner not in here]
 
 
 def _due_ever(bound: Bound) -> bool:

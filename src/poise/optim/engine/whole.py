@@ -273,6 +273,7 @@ def measure_whole(
     A layer is measured once, with its leader, or with the only one of its two that has a gradient.
     """
     by_member, update = dict(zip(members, grads, strict=True)), dict(zip(members, us, strict=True))
+    given = {name: {m: fed[name] for m, fed in zip(members, feeds, strict=True)} for name in feeds[0]}
     found: list[dict[str, Tensor]] = []
     for i, m in enumerate(members):
         lead = m if m.layer is None or m.layer.leads or m.partner is None else m.partner
@@ -285,7 +286,8 @@ def measure_whole(
         bound, written = lead.bound[position], set[str]()
         states = whole_state(lead, bound)
         before = list(states.values())
-        env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=feeds[i])
+        fed = {name: seen(unit, lead, values) for name, values in given.items()}
+        env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=fed)
         env.known = {"param": bound.param, "step": steps[i]}
         env.bits = lambda salt, like=env.x, lead=lead, step=steps[i]: noise([lead], [step])(salt, like)
         found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))

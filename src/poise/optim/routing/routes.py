@@ -35,12 +35,14 @@ class Route:
         rule: the update rule.
         when: the reason, shown to the user, if this route takes the parameter, else None.
         options: hyper-parameters of this route, which a group's own beat.
+        optional: whether a model may have nothing for it.
     """
 
     name: str
     rule: Transform
     when: Callable[[Param], str | None]
     options: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
 
 @dataclass
@@ -113,7 +115,7 @@ def _first(routes: Sequence[Route], param: Param) -> tuple[int, str]:
 def check_used(routes: Iterable[Route], assigned: Iterable[Assigned]) -> None:
     """Raise ValueError if a route took nothing in the whole optimizer: its rule was asked for and would do nothing.
 
-    A route of `everything` is exempt: it is there for what the others leave, and they may leave nothing.
+    A route of `everything` is exempt: it is there for what the others leave, and they may leave nothing. So is what is `optional`.
 
     Args:
         routes: those given to `assign`.
@@ -123,7 +125,7 @@ def check_used(routes: Iterable[Route], assigned: Iterable[Assigned]) -> None:
     used = {id(one.route) for one in assigned}
     described = [param for one in assigned for param in one.described]
     for route in routes:
-        if id(route) in used or route.when is everything:
+        if id(route) in used or route.when is everything or route.optional:
             continue
         roles = ", ".join(f"{count} {role}" for role, count in Counter(param.role for param in described).most_common())
         hint = f". {_FLATTENED}" if described and all(len(param.shape) < 2 for param in described) else ""

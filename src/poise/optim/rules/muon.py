@@ -9,10 +9,10 @@ from torch import Tensor
 from poise.catalog import Paper, log_uniform, method
 
 from ..optimizer import Optimizer
-from ..options import Options, check_rate
-from ..routing import Params, Route, everything, hidden_matrices
+from ..options import Options
+from ..routing import Params
+from ..skeleton import AdamWRest
 from ..transform import chain
-from ..transforms.adaptive import adam
 from ..transforms.momentum import momentum as momentum_link
 from ..transforms.spectral import ScaleRule, orthogonalize, shape_scale
 from ..transforms.step import Decay
@@ -74,12 +74,7 @@ class Muon(Optimizer):
         decay: Decay = "coupled",
         **options: Unpack[Options],
     ) -> None:
-        check_rate("adamw_lr", adamw_lr)
-        check_rate("adamw_weight_decay", adamw_weight_decay)
         spectral = chain(momentum_link(momentum, nesterov, average=True), orthogonalize(method, steps), shape_scale(scale_rule))
-        rest = adam(adamw_betas, adamw_eps)
-        routes = [
-            Route("muon", spectral, hidden_matrices, {"lr": lr, "weight_decay": weight_decay}),
-            Route("adamw", rest, everything, {"lr": adamw_lr, "weight_decay": adamw_weight_decay}),
-        ]
+        rest = AdamWRest(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
+        routes = rest.beside("muon", spectral, lr, weight_decay)
         super().__init__(params, routes, lr, weight_decay, decay, **options)

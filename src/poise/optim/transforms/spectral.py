@@ -33,6 +33,14 @@ def matrices(p: Param) -> list[tuple[int, int]]:
     return [(part, columns) for part in p.splits or (rows,)]
 
 
+def by_parts(f: Callable[[Tensor], Tensor], u: Tensor, p: Param) -> Tensor:
+    """`f`, which keeps shapes and treats each matrix (..., rows, columns) by itself, of each part of a fused projection."""
+    rows = [m for m, _ in matrices(p)]
+    if len(set(rows)) == 1:  # equal parts, or just one, at once
+        return f(u.unflatten(-2, (len(rows), rows[0]))).flatten(-3, -2)
+    return torch.cat([f(part) for part in u.split(rows, dim=-2)], dim=-2)
+
+
 def orthogonal_rms(p: Param, factor: Callable[[int, int], float]) -> float | None:
     """RMS of an entry when each matrix of p is exactly orthogonal, times its factor: `||O||_F^2 = min(m, n)`."""
     parts = matrices(p)
@@ -75,10 +83,7 @@ class orthogonalize(Transform):
         self.form: polar.Form = form
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        rows = [m for m, _ in matrices(k.param)]
-        if len(set(rows)) == 1:  # equal parts, or just one, at once
-            return self._polar(u.unflatten(-2, (len(rows), rows[0]))).flatten(-3, -2)
-        return torch.cat([self._polar(part) for part in u.split(rows, dim=-2)], dim=-2)
+        return by_parts(self._polar, u, k.param)
 
     def _polar(self, u: Tensor) -> Tensor:
         return polar.orthogonalize(u, self.method, steps=self.steps, form=self.form, dtype=self.dtype)
@@ -113,6 +118,28 @@ SCALES: dict[ScaleRule, Callable[[int, int], float]] = {
 }
 
 
+def check_scale_rule(rule: ScaleRule) -> None:
+    """A rule of `SCALES`, or ValueError."""
+    if rule not in get_args(ScaleRule):
+        raise ValueError(f"rule={rule!r} (scale_rule of an optimizer): must be one of {', '.join(get_args(ScaleRule))}")
+
+
+def shape_factors(p: Param, rule: ScaleRule) -> list[float]:
+    """The factor of each part of p."""
+    return [SCALES[rule](m, n) for m, n in matrices(p)]
+
+
+def shape_scaled(u: Tensor, p: Param, rule: ScaleRule) -> Tensor:
+    """Each part of p's update times its factor."""
+    if u.numel() == 0:
+        return u
+    factors = shape_factors(p, rule)
+    if len(set(factors)) == 1:
+        return u * factors[0]
+    rows = [m for m, _ in matrices(p)]
+    return u * torch.cat([u.new_full((m, 1), factor) for m, factor in zip(rows, factors, strict=True)])
+
+
 class shape_scale(Transform):
     """An orthogonalized update times a factor that depends on its shape, m rows (outputs) by n columns.
 
@@ -137,19 +164,11 @@ class shape_scale(Transform):
     blind = True
 
     def __init__(self, rule: ScaleRule = "original") -> None:
-        if rule not in get_args(ScaleRule):
-            raise ValueError(f"rule={rule!r} (scale_rule of an optimizer): must be one of {', '.join(get_args(ScaleRule))}")
+        check_scale_rule(rule)
         self.rule: ScaleRule = rule
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        if u.numel() == 0:
-            return u
-        parts = matrices(k.param)
-        factors = [SCALES[self.rule](m, n) for m, n in parts]
-        if len(set(factors)) == 1:
-            return u * factors[0]
-        column = torch.cat([u.new_full((m, 1), factor) for (m, _), factor in zip(parts, factors, strict=True)])
-        return u * column
+        return shape_scaled(u, k.param, self.rule)
 
     def update_rms(self, p: Param) -> float | None:
         return orthogonal_rms(p, SCALES[self.rule])

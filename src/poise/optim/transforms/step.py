@@ -22,6 +22,15 @@ class identity(Transform):
         return u
 
 
+class displacement(identity):
+    """`u <- u`, which is the displacement already: neither learning rate nor decay is appended.
+
+    The end of a chain whose own link for whole matrices knows both, since the last link of all must be of unit "element".
+    """
+
+    owns_step = True
+
+
 class scale_by_lr(Transform):
     """Turn a descent direction into a displacement: `u <- -lr * u`."""
 
@@ -72,4 +81,4 @@ class add_l2(Transform):
         return u + k.weight_decay * x
 
 
-__all__ = ["Decay", "add_l2", "decay", "identity", "scale_by_lr"]
+__all__ = ["Decay", "add_l2", "decay", "displacement", "identity", "scale_by_lr"]

@@ -1,0 +1,37 @@
+"""What every optimizer for matrices shares: its rule on hidden matrices, AdamW on all that is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .options import check_rate
+from .routing import Route, everything, hidden_matrices
+from .transform import Transform
+from .transforms.adaptive import adam
+
+
+@dataclass(frozen=True)
+class AdamWRest:
+    """AdamW for embeddings, output heads, norms, biases and vectors, in groups of their own.
+
+    Raises:
+        ValueError: for a learning rate or decay that is negative.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        check_rate("adamw_lr", self.lr)
+        check_rate("adamw_weight_decay", self.weight_decay)
+
+    def beside(self, name: str, rule: Transform, lr: float | Tensor, weight_decay: float) -> list[Route]:
+        """Routes of `rule`, called `name`, for hidden matrices and of AdamW for the rest."""
+        return [
+            Route(name, rule, hidden_matrices, {"lr": lr, "weight_decay": weight_decay}),
+            Route("adamw", adam(self.betas, self.eps), everything, {"lr": self.lr, "weight_decay": self.weight_decay}),
+        ]
