@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -984,6 +985,12 @@ def test_a_rule_that_would_touch_nothing_is_an_error() -> None:
         ValueError, match=r"rule 'muon' would touch nothing: it takes none of 2 parameters \(1 vector, 1 matrix\)$"
     ):
         check_used(routes, assigned)
+
+
+@pytest.mark.parametrize("when", [by_role("matrix"), by_name("w*"), by_name("re:w$")], ids=["role", "glob", "expression"])
+def test_a_route_can_be_pickled_with_its_optimizer(when: Any) -> None:
+    (group,) = collect([("w", ones(4, 4))])
+    assert pickle.loads(pickle.dumps(when))(group.described[0]) == when(group.described[0]) is not None
 
 
 def test_a_rule_that_is_optional_may_touch_nothing() -> None:

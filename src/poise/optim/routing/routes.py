@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -115,7 +116,7 @@ def _first(routes: Sequence[Route], param: Param) -> tuple[int, str]:
 def check_used(routes: Iterable[Route], assigned: Iterable[Assigned]) -> None:
     """Raise ValueError if a route took nothing in the whole optimizer: its rule was asked for and would do nothing.
 
-    A route of `everything` is exempt: it is there for what the others leave, and they may leave nothing. So is what is `optional`.
+    A route of `everything` is exempt, being there for what the others leave, which may be nothing; so is an `optional` one.
 
     Args:
         routes: those given to `assign`.
@@ -165,7 +166,11 @@ def by_role(*roles: str) -> Callable[[Param], str | None]:
     unknown = [role for role in roles if role not in ROLES]
     if unknown or not roles:
         raise ValueError(f"by_role({', '.join(map(repr, roles))}): roles are {', '.join(ROLES)}")
-    return lambda p: everything(p) if p.role in roles else None
+    return partial(_has_role, roles)
+
+
+def _has_role(roles: tuple[str, ...], p: Param) -> str | None:
+    return everything(p) if p.role in roles else None
 
 
 def by_name(pattern: str | re.Pattern[str]) -> Callable[[Param], str | None]:
@@ -176,6 +181,13 @@ def by_name(pattern: str | re.Pattern[str]) -> Callable[[Param], str | None]:
             it, compiled or as text after "re:" (`r"re:blocks\\.[0-3]\\."`). Names are `Param.name`s, without wrappers.
     """
     if isinstance(pattern, str) and not pattern.startswith("re:"):
-        return lambda p: f"name matches {pattern}" if fnmatchcase(p.name, pattern) else None
-    expression = re.compile(pattern[3:]) if isinstance(pattern, str) else pattern
-    return lambda p: f"name matches {expression.pattern}" if expression.search(p.name) else None
+        return partial(_fits, pattern)
+    return partial(_contains, re.compile(pattern[3:]) if isinstance(pattern, str) else pattern)
+
+
+def _fits(pattern: str, p: Param) -> str | None:
+    return f"name matches {pattern}" if fnmatchcase(p.name, pattern) else None
+
+
+def _contains(expression: re.Pattern[str], p: Param) -> str | None:
+    return f"name matches {expression.pattern}" if expression.search(p.name) else None
