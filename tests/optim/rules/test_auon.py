@@ -14,6 +14,7 @@ from optim.references import adamw, polar
 from torch import Tensor
 
 from poise.optim import AuON, HybridAuON
+from poise.optim.rules.auon import Variant
 
 auon, hybrid = partial(AuON, backend="eager"), partial(HybridAuON, backend="eager")
 
@@ -124,7 +125,7 @@ def test_the_divisor_exceeds_one_by_what_the_size_of_the_matrix_says(side: int, 
 
 
 @pytest.mark.parametrize("variant, gamma", [("unit", 1.0), ("raw", 1.5)])
-def test_it_is_sgd_within_the_size_of_the_divisors_effect(variant: str, gamma: float) -> None:
+def test_it_is_sgd_within_the_size_of_the_divisors_effect(variant: Variant, gamma: float) -> None:
     """`unit` is normalized, `raw` plain Nesterov momentum; a larger difference, or none, is another method."""
     start, grads = draw([(64, 64)], 10)
     params = leaves(start)

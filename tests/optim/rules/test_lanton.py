@@ -49,7 +49,7 @@ def reference(
         if b.ndim < 2:
             return b / b.square().mean().sqrt()
         flat = b.reshape(len(b), -1)
-        return (polar(flat, method, steps) * shape_factor(*flat.shape, scale_rule)).reshape(b.shape)
+        return (polar(flat, method, steps) * shape_factor(flat.shape[0], flat.shape[1], scale_rule)).reshape(b.shape)
 
     weights = [p.double().clone() for p in params]
     buffers = [torch.zeros_like(w) for w in weights]
@@ -98,7 +98,8 @@ def rates_of(sizes: Sequence[float], *, steps: int = 30, **hyper: Any) -> list[f
     """What the last step of each layer is, against that of Muon."""
     grads = noisy(sizes, steps, 12, 16)
     moved = []
-    for make in (lanton, muon):
+    makers: list[Any] = [lanton, muon]
+    for make in makers:
         params = leaves([torch.zeros(12, 16)] * len(sizes), torch.float64)
         extra = hyper if make is lanton else {}
         opt = make(params, lr=0.01, **{**extra, "weight_decay": 0.0})
@@ -244,8 +245,8 @@ def test_it_goes_on_top_of_any_direction() -> None:
     rule = chain(momentum(0.9, average=True), direction, noise_adaptive([direction], alpha=1e-6))
     params = leaves([torch.zeros(5), torch.zeros(5)], torch.float64)
     opt = Optimizer(params, rule, lr=0.1, backend="eager")
-    first = [torch.ones(5), torch.ones(5)]
-    second = [torch.ones(5) + 0.1, torch.ones(5) + 0.9]
+    first: list[Tensor | None] = [torch.ones(5), torch.ones(5)]
+    second: list[Tensor | None] = [torch.ones(5) + 0.1, torch.ones(5) + 0.9]
     before = play(opt, params, [first])
     assert same(before, [torch.full((5,), -0.1, dtype=torch.float64)] * 2)
     moved = [a - b for a, b in zip(play(opt, params, [second]), before, strict=True)]

@@ -80,7 +80,7 @@ def adapted(
                 d = [min(max(one, clamp * mean), mean / clamp) for one in d]
             for one, part in zip(d, parts, strict=True):
                 alpha = rate * math.sqrt(1 - mu2**t) / (1 - momentum**t) * one
-                step = alpha * shape_factor(*w.shape, scale_rule)
+                step = alpha * shape_factor(w.shape[0], w.shape[1], scale_rule)
                 w[:, part] = (1 - weight_decay * min(alpha, largest)) * w[:, part] - min(step, largest) * o[:, part]
         ends.append(w.reshape(start.shape))
     return ends
@@ -174,7 +174,8 @@ def test_namo_d_keeps_each_column_within_its_clamp_of_the_mean() -> None:
     """Half of the columns are steady and half are noise; unclamped, their steps lie further apart."""
     steady = torch.cat([torch.ones(1, 10), torch.zeros(1, 10)], dim=1).double()
     pull = matrix(16, 20)
-    grads = [[steady * pull + (1 - steady) * g] for g in noise(60, 16, 20)]
+    drawn = [steady * pull + (1 - steady) * g for g in noise(60, 16, 20)]
+    grads: Grads = [[g] for g in drawn]
     spreads = {}
     for clamp in (0.0, 0.75):
         params = leaves([torch.zeros(16, 20)], torch.float64)
@@ -182,7 +183,7 @@ def test_namo_d_keeps_each_column_within_its_clamp_of_the_mean() -> None:
         before = play(opt, params, grads[:-1])[0]
         moved = play(opt, params, grads[-1:])[0] - before
         buffer = torch.zeros(16, 20, dtype=torch.float64)
-        for (g,) in grads:
+        for g in drawn:
             buffer = 0.95 * buffer + 0.05 * g
         shares = moved.norm(dim=0) / polar(buffer, "svd", None).norm(dim=0)
         spreads[clamp] = float(shares.max() / shares.min())
