@@ -86,7 +86,7 @@ def orthogonalize(
     wide = M.mT if tall else M
     batch = wide.reshape(-1, *wide.shape[-2:])
     chunk = max(1, CHUNK // batch[0].numel()) if M.device.type == "cpu" else len(batch)
-    done = [METHODS[method](_near_one(part), steps, form, dtype) for part in batch.split(chunk)]
+    done = [METHODS[method](near_one(part), steps, form, dtype) for part in batch.split(chunk)]
     O = (done[0] if len(done) == 1 else torch.cat(done)).view(wide.shape)
     return (O.mT if tall else O).to(M.dtype).contiguous()
 
@@ -124,7 +124,7 @@ def fast_bfloat16(device_type: str) -> bool:
 _EXPONENT = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64, 0x7FF0_0000_0000_0000)}
 
 
-def _near_one(M: Tensor) -> Tensor:
+def near_one(M: Tensor) -> Tensor:
     """A copy of M in float32 or float64, each matrix divided by the power of two that brings its largest entry into [1, 2).
 
     Exact, and from here on squares neither overflow nor vanish. A matrix of nothing but subnormal numbers becomes zero: a

@@ -16,7 +16,7 @@ from ..routing import Params
 from ..skeleton import AdamWRest
 from ..transform import Context, Param, State, Transform, chain
 from ..transforms.momentum import momentum as momentum_link
-from ..transforms.spectral import by_parts, matrices, orthogonalize, shape_factors, shape_scaled
+from ..transforms.spectral import by_matrix, matrices, orthogonalize, shape_factors, shape_scaled
 from ..transforms.step import Decay
 
 Variant = Literal["unit", "raw"]
@@ -56,7 +56,7 @@ class cosh_rms(Transform):
         self.gamma = gamma
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        divided = by_parts(self._divided, u, k.param)
+        divided = by_matrix(self._divided, k.param, u)
         return shape_scaled(divided, k.param, "original") if self.variant == "unit" else divided
 
     def _divided(self, M: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -13,33 +12,20 @@ from poise.catalog import Paper, log_uniform, method
 from ..optimizer import Optimizer
 from ..options import Options
 from ..routing import Params
-from ..transform import Context, Param, Slot, State, Transform
-from ..transforms.adaptive import check_betas
+from ..transform import Context, Param, State
+from ..transforms.momentum import interpolated
 from ..transforms.step import Decay
 
 
-class lion(Transform):
+class lion(interpolated):
     """Lion's direction: `c = b1 m + (1 - b1) u`, result `sign(c)`; then `m <- b2 m + (1 - b2) u`, with the other beta.
 
     Args:
         betas: `(b1, b2)`, each in [0, 1).
     """
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        check_betas(betas)
-        self.defaults = {"betas": tuple(betas)}
-
-    def slots(self, p: Param) -> dict[str, Slot]:
-        return {"exp_avg": Slot(tuple(p.shape))}
-
-    def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2 = map(float, hyper["betas"])
-        return {"b1": b1, "c1": 1 - b1, "b2": b2, "c2": 1 - b2}
-
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        m = state["exp_avg"]
-        c = k.b1 * m + k.c1 * u
-        state["exp_avg"] = k.b2 * m + k.c2 * u
+        c = super().update(u, state, x, k)
         return torch.sign(c)
 
     def update_rms(self, p: Param) -> float:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from ..transform import Context, Param, Slot, State, Transform
+from .adaptive import check_betas
+
+Start = Literal["zeros", "gradient"]
 
 
 class momentum(Transform):
@@ -20,9 +23,17 @@ class momentum(Transform):
         nesterov: return the look-ahead.
         dampening: `w = 1 - dampening`, except that on the first step `w = 1` (torch.optim.SGD).
         average: `w = 1 - mu` on every step, so that the buffer is an exponential average (Muon); excludes `dampening`.
+        start: where an average begins: at "zeros", or at the first "gradient", which it then is, whole.
     """
 
-    def __init__(self, momentum: float = 0.9, nesterov: bool = False, dampening: float = 0.0, average: bool = False) -> None:
+    def __init__(
+        self,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        dampening: float = 0.0,
+        average: bool = False,
+        start: Start = "zeros",
+    ) -> None:
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum={momentum}: must be in [0, 1)")
         if average and dampening:
@@ -31,7 +42,11 @@ class momentum(Transform):
             raise ValueError(f"dampening={dampening}: Nesterov momentum needs dampening 0")
         if nesterov and momentum == 0.0 and not average:  # torch.optim.SGD refuses it, torch.optim.Muon does not
             raise ValueError("nesterov=True: needs a momentum above 0")
-        self.nesterov, self.average = nesterov, average
+        if start not in get_args(Start):
+            raise ValueError(f"start={start!r}: must be 'zeros' or 'gradient'")
+        if start == "gradient" and not average:
+            raise ValueError("start='gradient': is where an average begins; use it with average=True")
+        self.nesterov, self.average, self.start = nesterov, average, start
         self.defaults = {"momentum": momentum} if average else {"momentum": momentum, "dampening": dampening}
 
     def slots(self, p: Param) -> dict[str, Slot]:
@@ -40,10 +55,35 @@ class momentum(Transform):
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
         mu = float(hyper["momentum"])
         if self.average:
-            return {"mu": mu, "weight": 1 - mu}
+            return {"mu": mu, "weight": 1.0 if step == 1 and self.start == "gradient" else 1 - mu}
         return {"mu": mu, "weight": 1.0 if step == 1 else 1 - float(hyper["dampening"])}
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
         new = k.weight * u
         state["momentum_buffer"] = k.mu * state["momentum_buffer"] + new
         return new + k.mu * state["momentum_buffer"] if self.nesterov else state["momentum_buffer"]
+
+
+class interpolated(Transform):
+    """Lion's momentum: `c = b1 m + (1 - b1) u`, result c; then `m <- b2 m + (1 - b2) u`, with the other beta.
+
+    Args:
+        betas: `(b1, b2)`, each in [0, 1).
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        check_betas(betas)
+        self.defaults = {"betas": tuple(betas)}
+
+    def slots(self, p: Param) -> dict[str, Slot]:
+        return {"exp_avg": Slot(tuple(p.shape))}
+
+    def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
+        b1, b2 = map(float, hyper["betas"])
+        return {"b1": b1, "c1": 1 - b1, "b2": b2, "c2": 1 - b2}
+
+    def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+        m = state["exp_avg"]
+        c = k.b1 * m + k.c1 * u
+        state["exp_avg"] = k.b2 * m + k.c2 * u
+        return c

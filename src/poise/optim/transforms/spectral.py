@@ -33,12 +33,13 @@ def matrices(p: Param) -> list[tuple[int, int]]:
     return [(part, columns) for part in p.splits or (rows,)]
 
 
-def by_parts(f: Callable[[Tensor], Tensor], u: Tensor, p: Param) -> Tensor:
-    """`f`, which keeps shapes and treats each matrix (..., rows, columns) by itself, of each part of a fused projection."""
+def by_matrix(f: Callable[..., Tensor], p: Param, *us: Tensor) -> Tensor:
+    """`f(*us)` of each matrix that a parameter is made of; f takes batches of them and keeps their shape."""
     rows = [m for m, _ in matrices(p)]
     if len(set(rows)) == 1:  # equal parts, or just one, at once
-        return f(u.unflatten(-2, (len(rows), rows[0]))).flatten(-3, -2)
-    return torch.cat([f(part) for part in u.split(rows, dim=-2)], dim=-2)
+        return f(*(u.unflatten(-2, (len(rows), rows[0])) for u in us)).flatten(-3, -2)
+    parts = zip(*(u.split(rows, dim=-2) for u in us), strict=True)
+    return torch.cat([f(*part) for part in parts], dim=-2)
 
 
 def orthogonal_rms(p: Param, factor: Callable[[int, int], float]) -> float | None:
@@ -83,7 +84,7 @@ class orthogonalize(Transform):
         self.form: polar.Form = form
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        return by_parts(self._polar, u, k.param)
+        return by_matrix(self._polar, k.param, u)
 
     def _polar(self, u: Tensor) -> Tensor:
         return polar.orthogonalize(u, self.method, steps=self.steps, form=self.form, dtype=self.dtype)
