@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.cases import batch, loss_of, net
 from conformance.problems import Grads, distance, draw, leaves, play, same
 from torch import Tensor, nn
 
@@ -237,6 +238,20 @@ def test_each_part_of_a_fused_projection_has_its_own_length(polar_first: bool) -
     for part, moved in zip(g.split(8), (before - weight.detach()).split(8), strict=True):
         u, s, vh = torch.linalg.svd(part)
         assert distance([moved], [0.5 * s.sum() * u @ vh]) < 1e-9
+
+
+def test_training_goes_on_in_every_state_format() -> None:
+    first, losses = float(loss_of(net(), batch(512, seed=1000))), {}
+    for state in ("fp32", "bf16", "int8", "int4"):
+        model = net()
+        opt = polargrad(model, lr=0.06, state=state)
+        for step in range(40):
+            opt.zero_grad()
+            loss_of(model, batch(seed=step)).backward()
+            opt.step()
+        losses[state] = float(loss_of(model, batch(512, seed=1000)))
+    assert losses["fp32"] < 0.85 * first
+    assert min(first - loss for loss in losses.values()) > 0.9 * (first - losses["fp32"])
 
 
 def test_zero_gradients_only_decay_the_weights() -> None:

@@ -34,6 +34,9 @@ CASES: list[dict[str, Any]] = [
     {"norm": "spectral", "extrapolate": True, "momentum": 0.6, "weight_decay": 0.3, "rest_lr": 0.02},
     {"norm": "linf", "extrapolate": True},
 ]
+# A first gradient that is taken whole is forgotten slowly, and what int4 rounded of it too: by 0.95 a step it is still a third
+# of the average when the formats are compared, after 20 steps.
+TYPICAL: dict[str, Any] = {"momentum": 0.8}
 
 
 def furthest(m: Tensor, norm: str, method: str, steps: int | None) -> Tensor:
