@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.problems import Grads, distance, draw, leaves, play, same
-from optim.rules.test_muon import polar
+from optim.references import polar
 from torch import Tensor
 
 from poise.linalg.kappa import Kappa

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conformance.cases import batch, loss_of, net
 from conformance.problems import Grads, distance, draw, leaves, play, same
+from optim.references import adamw
 from torch import Tensor, nn
 
 from poise.linalg.polar import METHODS, orthogonalize
@@ -73,30 +74,26 @@ def reference(
     rates = list(lr) if isinstance(lr, Sequence) else [lr] * len(grads)
     ends = []
     for i, start in enumerate(params):
+        gradients = [row[i] for row in grads]
+        if start.ndim < 2:
+            others = [adamw_lr * rate / rates[0] for rate in rates]
+            ends.append(adamw(start, gradients, others, adamw_betas, adamw_eps, adamw_weight_decay))
+            continue
         w = start.double().clone()
-        first, second, t = torch.zeros_like(w), torch.zeros_like(w), 0
-        for rate, row in zip(rates, grads, strict=True):
-            gradient = row[i]
+        buffer = torch.zeros_like(w)
+        for rate, gradient in zip(rates, gradients, strict=True):
             if gradient is None:
                 continue
             g = gradient.double()
-            t += 1
-            if w.ndim < 2:
-                rate = adamw_lr * rate / rates[0]
-                b1, b2 = adamw_betas
-                first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
-                step = first / (1 - b1**t) / ((second / (1 - b2**t)).sqrt() + adamw_eps)
-                w = (1 - rate * adamw_weight_decay) * w - rate * step
-                continue
             if polar_first:
                 u = factor(g.reshape(len(g), -1), method, inner_steps).reshape(g.shape)
                 nu = (g * u).sum()
-                first = momentum * first + (1 - momentum) * u
-                step = nu * first
+                buffer = momentum * buffer + (1 - momentum) * u
+                step = nu * buffer
             else:
-                first = momentum * first + (1 - momentum) * g
-                u = factor(first.reshape(len(g), -1), method, inner_steps).reshape(g.shape)
-                step = (first * u).sum() * u
+                buffer = momentum * buffer + (1 - momentum) * g
+                u = factor(buffer.reshape(len(g), -1), method, inner_steps).reshape(g.shape)
+                step = (buffer * u).sum() * u
             w = (1 - rate * weight_decay) * w - rate * step
         ends.append(w)
     return ends

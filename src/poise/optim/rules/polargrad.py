@@ -11,10 +11,10 @@ from poise.catalog import Paper, log_uniform, method
 from poise.linalg import norms, polar
 
 from ..optimizer import Optimizer
-from ..options import Options, check_rate
-from ..routing import Params, Route, everything, hidden_matrices
+from ..options import Options
+from ..routing import Params
+from ..skeleton import AdamWRest
 from ..transform import Context, Param, Slot, State, Transform, chain
-from ..transforms.adaptive import adam
 from ..transforms.lmo import sharp
 from ..transforms.momentum import momentum as momentum_link
 from ..transforms.spectral import by_matrix
@@ -116,16 +116,11 @@ class PolarGrad(Optimizer):
         decay: Decay = "coupled",
         **options: Unpack[Options],
     ) -> None:
-        check_rate("adamw_lr", adamw_lr)
-        check_rate("adamw_weight_decay", adamw_weight_decay)
+        rest = AdamWRest(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
         if momentum == 0:
             rule = chain(sharp("spectral", method, inner_steps))
         elif polar_first:
             rule = chain(averaged_polar(momentum, method, inner_steps))
         else:
             rule = chain(momentum_link(momentum, average=True), sharp("spectral", method, inner_steps))
-        routes = [
-            Route("polargrad", rule, hidden_matrices, {"lr": lr, "weight_decay": weight_decay}),
-            Route("adamw", adam(adamw_betas, adamw_eps), everything, {"lr": adamw_lr, "weight_decay": adamw_weight_decay}),
-        ]
-        super().__init__(params, routes, lr, weight_decay, decay, **options)
+        super().__init__(params, rest.beside("polargrad", rule, lr, weight_decay), lr, weight_decay, decay, **options)
