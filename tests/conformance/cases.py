@@ -182,6 +182,12 @@ def grads_like(params: list[Any], steps: int, seed: int = 1) -> Grads:
     return draw([tuple(p.shape) for p in params], steps, seed=seed, dtype=torch.float32)[1]
 
 
+def kept_for(optimizer: Any, p: Any) -> dict[str, Tensor]:
+    """State of one parameter, copied, without what a link shares over all of them, which is kept with the first."""
+    shared = {key for member in optimizer._members() for key in member.shared}
+    return {key: value.clone() for key, value in optimizer.state[p].items() if key not in shared}
+
+
 def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the optimizer's `state_dict`, copied, under `parameter index/slot`."""
     state = optimizer.state_dict()["state"]

@@ -11,7 +11,7 @@ import torch
 from poise.catalog import Method
 from poise.optim.engine import kernels
 
-from .cases import build, compare_with_reference, entries, grads_like, mutated, pace, tensors_of, told, tolerance
+from .cases import build, compare_with_reference, entries, grads_like, kept_for, mutated, pace, tensors_of, told, tolerance
 from .problems import SHAPES, distance, draw, leaves, play, same
 
 
@@ -115,18 +115,12 @@ def test_a_parameter_without_gradient_is_neither_moved_nor_decayed(entry: Method
     start, grads = draw(steps=4, dtype=torch.float32, missing=[(2, 0), (2, 2)])
     params = leaves(start)
     opt = build(entry, params, weight_decay=0.5)
-    # what one parameter keeps for all of its rule's moves on with the others
-    shared = {key for m in opt._current().members for key in m.shared}  # pyright: ignore[reportAttributeAccessIssue]
-
-    def own(index: int) -> list[torch.Tensor]:
-        return [v.clone() for slot, v in opt.state[params[index]].items() if slot not in shared]
-
     before = play(opt, params, grads[:2])
-    state = {index: own(index) for index in (0, 2)}
+    state = {index: kept_for(opt, params[index]) for index in (0, 2)}
     after = play(opt, params, grads[2:3])
     for index in (0, 2):
         assert same([after[index]], [before[index]])
-        assert same(own(index), state[index])
+        assert same(list(kept_for(opt, params[index]).values()), list(state[index].values()))
     assert not torch.equal(after[1], before[1])
 
 

@@ -328,6 +328,25 @@ def test_the_loss_of_the_closure_reaches_compiled_updates(backend: str) -> None:
     assert same([p.detach() for p in params], [torch.full_like(p, -2.0 * (3.0 + 0.5 + 1.0)) for p in params])
 
 
+def test_a_link_that_needs_the_loss_has_it_or_says_so_before_anything_changes() -> None:
+    """A closure may return a number as well; a preview, which has no closure, takes it for 1."""
+    params = zeros((2, 2))
+    opt = optimizer(
+        params, chain(apply(lambda u, state, x, k: u * k.loss if k.loss is not None else u, needs_loss=True), heavy()), lr=1.0
+    )
+    params[0].grad = A
+    with pytest.raises(RuntimeError, match=r"needs the loss.*closure"):
+        opt.step()
+    assert same([params[0].detach()], [torch.zeros_like(A)])
+    assert opt.state[params[0]]["step"] == 0
+    assert same(list(opt.preview().values()), [-A])
+    assert opt.plan().lines[0].update_rms > 0
+    opt.step(lambda: 0.5)
+    assert same([params[0].detach()], [-0.5 * A])
+    opt.step(lambda: torch.tensor(2.0))
+    assert same([params[0].detach()], [-0.5 * A - 2.25 * A])
+
+
 def test_the_clock_counts_the_steps_of_a_rule_over_its_parameters() -> None:
     first, second = watching(), watching()
     params = zeros((2, 2), (2, 2), (2, 3))

@@ -205,11 +205,12 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         feeds, self._feeds = self._feeds, {}
+        known = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
         engine = self._current()
         kind = engine.members[0].device.type
         lowered = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with lowered:  # the precision of an update is the rule's business
-            engine.step(feeds, loss if isinstance(loss, Tensor) else None)
+            engine.step(feeds, known if isinstance(known, Tensor) else None)
         return loss
 
     def feed(self, **tensors: Mapping[Any, Tensor] | Sequence[Tensor]) -> None:
@@ -231,7 +232,7 @@ class Optimizer(torch.optim.Optimizer):
         """The displacement that each parameter would get from `grads` (default: the gradients that stand in them).
 
         Changes nothing. Returns name -> tensor in the computing dtype (this rank's piece of sharded parameters), without the
-        parameters that have no gradient.
+        parameters that have no gradient. A rule that needs the loss is given 1.
         """
         engine = self._current()
         given = None if grads is None else by_tensor(engine.members, grads, "preview(grads)")
@@ -264,8 +265,8 @@ class Optimizer(torch.optim.Optimizer):
         """Which parameter gets which rule and why, how its state is kept, and the RMS of its update at the current `lr`.
 
         The update is previewed on `grads`, by default the gradients that stand in the parameters; without any, on standard
-        normal ones; a tensor that must be fed and was not counts as ones. Nothing is changed. `print(opt.plan())` shows a
-        table.
+        normal ones; a tensor that must be fed and was not counts as ones, as does a loss that a rule needs. Nothing is changed.
+        `print(opt.plan())` shows a table.
         """
         held = dict(self._feeds)
         for name in {name for rule in self._rules.values() for link in rule for name in link.feeds} - set(held):

@@ -45,6 +45,8 @@ class Engine:
         early = [(link, held) for link, held in self.scopes.values() if measures(link) and link.reads == "grad"]
         self.stateless = [link for link, held in early if not any(b.slots for _, b in held)]
         self.stateful = [link for link, held in early if any(b.slots for _, b in held)]
+        family = (one.link for held in self.scopes.values() for _, b in held[1][:1] for one in b.family())
+        self.needing_loss = next((link for link in family if link.needs_loss), None)
         self.refreshing = any(_due_ever(b) for m in self.members for b in m.bound)
         self.groups: dict[int, list[dict[str, Any]]] = {}
         for m in members:
@@ -96,8 +98,13 @@ class Engine:
     ) -> bool:
         """Take one step with the gradients that stand in the parameters; False if a link abandoned it.
 
-        With `capture`, the displacement of every parameter is put there and the weights are left alone (state is not).
+        With `capture`, the displacement of every parameter is put there and the weights are left alone (state is not). A loss
+        that a link needs and nobody gave counts as 1 then.
         """
+        if loss is None and self.needing_loss is not None:
+            if capture is None:
+                raise RuntimeError(f"{self.needing_loss!r} needs the loss: call step(closure) with a closure that returns it")
+            loss = torch.ones(())
         buckets = self.buckets
         if capture is not None:
             self.reference = self.reference or self._buckets("eager")
