@@ -24,6 +24,7 @@ class momentum(Transform):
         dampening: `w = 1 - dampening`, except that on the first step `w = 1` (torch.optim.SGD).
         average: `w = 1 - mu` on every step, so that the buffer is an exponential average (Muon); excludes `dampening`.
         start: where an average begins: at "zeros", or at the first "gradient", which it then is, whole.
+        correct_bias: return `buf / (1 - mu^t)`, of an average that began at zero; only with `average`, not with `nesterov`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class momentum(Transform):
         dampening: float = 0.0,
         average: bool = False,
         start: Start = "zeros",
+        correct_bias: bool = False,
     ) -> None:
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum={momentum}: must be in [0, 1)")
@@ -46,7 +48,9 @@ class momentum(Transform):
             raise ValueError(f"start={start!r}: must be 'zeros' or 'gradient'")
         if start == "gradient" and not average:
             raise ValueError("start='gradient': is where an average begins; use it with average=True")
-        self.nesterov, self.average, self.start = nesterov, average, start
+        if correct_bias and (nesterov or not average or start != "zeros"):
+            raise ValueError("correct_bias=True: needs average=True, nesterov=False and start='zeros'")
+        self.nesterov, self.average, self.start, self.correct_bias = nesterov, average, start, correct_bias
         self.defaults = {"momentum": momentum} if average else {"momentum": momentum, "dampening": dampening}
 
     def slots(self, p: Param) -> dict[str, Slot]:
@@ -54,6 +58,8 @@ class momentum(Transform):
 
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
         mu = float(hyper["momentum"])
+        if self.correct_bias:
+            return {"mu": mu, "weight": 1 - mu, "debias": 1 / (1 - mu**step)}
         if self.average:
             return {"mu": mu, "weight": 1.0 if step == 1 and self.start == "gradient" else 1 - mu}
         return {"mu": mu, "weight": 1.0 if step == 1 else 1 - float(hyper["dampening"])}
@@ -61,6 +67,8 @@ class momentum(Transform):
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
         new = k.weight * u
         state["momentum_buffer"] = k.mu * state["momentum_buffer"] + new
+        if self.correct_bias:
+            return k.debias * state["momentum_buffer"]
         return new + k.mu * state["momentum_buffer"] if self.nesterov else state["momentum_buffer"]
 
 
