@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 ROOMS: dict[str, tuple[str, ...]] = {
     "optim": ("poise.optim.rules", "poise.optim.transforms"),
     "memory": ("poise.memory",),
+    "training": ("poise.training",),
 }
 
 T = TypeVar("T", bound=Callable[..., Any])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 # The attribute under which a wrapper keeps the module that it wraps: DistributedDataParallel (and DataParallel, AveragedModel),
 # torch.compile, FSDP1, activation checkpointing. The wrapped module takes the wrapper's place in names and in the tree.
@@ -103,7 +104,8 @@ def in_block(node: Node) -> bool:
             continue
         if isinstance(block.parent.module, nn.ModuleList):
             return True
-        if sum(type(unwrap(child)) is type(block.module) for child in block.parent.module.children()) > 1:
+        own = type_before_parametrizations(block.module)  # parametrize gives every module a class of its own
+        if sum(type_before_parametrizations(unwrap(child)) is own for child in block.parent.module.children()) > 1:
             return True
     return False
 
