@@ -206,6 +206,7 @@ def test_a_block_is_the_published_interpolation_on_the_sphere() -> None:
     h = block.down.weight @ hidden
     y = x + 0.25 * (h / h.norm() - x)
     assert block.up.weight.shape == (32, 8)
+    assert torch.allclose(block.scaler.scale, torch.tensor(s, dtype=F64)) and block.scaler.ratio == 1
     assert torch.allclose(block(x), y / y.norm(), atol=1e-7)
     assert torch.allclose(block.alpha.scale, torch.tensor(8**-0.5, dtype=F64)) and block.alpha.ratio == 0.25 * 8**0.5
     with torch.no_grad():
