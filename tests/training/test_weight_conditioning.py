@@ -90,7 +90,7 @@ def test_van_der_sluis_no_diagonal_matrix_is_better_by_more_than_the_root_of_the
                 assert after <= math.sqrt(40) * condition(D * reference(W))
 
 
-def test_a_badly_scaled_matrix_comes_out_as_the_card_says() -> None:
+def test_a_badly_scaled_matrix_comes_out_well_conditioned() -> None:
     """40 x 30 with rows scaled by 1e-2 to 1e2: from thousands to about ten."""
     before = [condition(draw(40, 30, seed, spread=2.0)) for seed in range(10)]
     after = [condition(layer(draw(40, 30, seed, spread=2.0)).weight.detach()) for seed in range(10)]
