@@ -46,8 +46,8 @@ def entries() -> list[Method]:
 
 def home(entry: Method) -> Path:
     """The test file that mirrors the source file of `entry`."""
-    room, module = entry.target.__module__.rsplit(".", 2)[1:]
-    return TESTS / "optim" / room / f"test_{module}.py"
+    family, room, module = entry.target.__module__.rsplit(".", 3)[1:]
+    return TESTS / family / room / f"test_{module}.py"
 
 
 def told(entry: Method, what: str, default: Any = None) -> Any:

@@ -1,0 +1,1 @@
+"""The named drivers, one paper a file."""
