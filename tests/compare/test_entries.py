@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
+from torch import nn
 
 from poise import catalog
+from poise.compare import sampler
 from poise.compare.entries import Entry, parse, setting
 
 
@@ -20,9 +24,31 @@ def test_what_is_fixed_leaves_the_space() -> None:
     assert set(parse("adamw")["adamw"].space) - set(parse("adamw(lr=1)")["adamw"].space) == {"lr"}
 
 
+def test_a_driver_stands_around_adamw_or_what_it_is_told_and_is_tuned_with_it() -> None:
+    found = parse("ema,sharp=sam(around=muon,rho=0.1)")
+    assert set(found["ema"].space) == {"p", *catalog.get("adamw").tune}
+    assert set(found["sharp"].space) == set(catalog.get("muon").tune)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    sharp = found["sharp"].build(model, lr=0.5)
+    assert type(sharp).__name__ == "SAM"
+    assert type(sharp.inner).__name__ == "Muon"  # pyright: ignore[reportAttributeAccessIssue]
+    assert (sharp.param_groups[0]["lr"], sharp.param_groups[0]["rho"]) == (0.5, 0.1)
+    average = found["ema"].build(model, p=0.2)
+    assert len(average.own["buffers"]) == 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert sampler.draw(found["ema"], 0, 0)["lr"] == 1e-3, "the first trial is the default of both"
+
+
+def test_entries_of_drivers_can_be_sent_to_workers() -> None:
+    entry = pickle.loads(pickle.dumps(parse("sam(around=lion)")["sam"]))
+    assert type(entry.build(nn.Linear(2, 2), rho=0.3)).__name__ == "SAM"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("dnsam", "needs full"),
+        ("sam(around=sam)", "is a driver"),
+        ("sam(around=adamx)", "did you mean"),
         ("adamw(lr=1", "closing parenthesis"),
         ("adamw(lr=1)x", "closing parenthesis"),
         ("adamw(lr)", "NAME=VALUE"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from poise.compare.entries import parse
 from poise.compare.loop import warmup_then_decay
 from poise.compare.train import state_bytes, train
 
@@ -157,3 +158,22 @@ def test_an_optimizers_own_account_of_its_state_comes_first() -> None:
 
     assert state_bytes(Packed(nn.Linear(2, 2).parameters())) == 17
     assert state_bytes(toy_sgd(nn.Linear(2, 2))) == 0
+
+
+def test_what_is_measured_are_the_weights_that_a_driver_shows() -> None:
+    """An average that never moves from the first weights has their loss, however the training went."""
+    runs = {
+        name: train(Toy(), parse(f"{name}={method}")[name], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
+        for name, method in (("still", "ema(p=1e-12)"), ("moved", "ema(p=1.0)"), ("plain", "adamw"))
+    }
+    assert runs["still"].loss is not None
+    assert runs["moved"].loss is not None
+    assert runs["moved"].loss == runs["plain"].loss
+    assert runs["still"].loss > 1.2 * runs["moved"].loss
+    assert runs["still"].curve == runs["plain"].curve
+    assert runs["still"].state_bytes == runs["plain"].state_bytes + 5 * 4
+
+
+def test_a_driver_that_takes_two_gradients_a_step_takes_half_the_steps() -> None:
+    run = train(Toy(), parse("sam")["sam"], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
+    assert [at for at, _ in run.curve] == [2, 4, 6, 8, 10, 12]

@@ -37,14 +37,14 @@ def train(
     diverges is stopped, and ends with exit code 1.
     """
     from poise.compare import plan, tasks
-    from poise.compare.entries import Entry, setting
+    from poise.compare.entries import entry_of, setting
     from poise.compare.fit import CHECKPOINT, Fit, fit
 
     with bad_input():
         fixed = dict(setting(text) for text in settings or [])
         if state is not None:
             fixed["state"] = state
-        entries = {method: Entry(catalog.get(method), fixed)}
+        entries = {method: entry_of(catalog.get(method), fixed)}
         problem = tasks.load(one_task(task, task_option))
         plan.check(entries, problem)
         folder = out or Path("runs", "train", problem.name)

@@ -1,4 +1,4 @@
-"""What is weighed, and how a user writes it: `adamw,again=adamw,quick=lion(lr=1e-3,state=int8)`."""
+"""What is weighed, and how a user writes it: `adamw,again=adamw,quick=lion(lr=1e-3,state=int8),sam(around=muon)`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from poise import catalog
 from poise.catalog import Method, Space
+from poise.compare.driven import AROUND, driven
 
 NAME = re.compile(r"[\w.-]+")
 
@@ -34,7 +35,18 @@ class Entry:
 
 def as_entry(entry: Entry | Method) -> Entry:
     """A method alone is an entry with nothing fixed."""
-    return entry if isinstance(entry, Entry) else Entry(entry)
+    return entry if isinstance(entry, Entry) else entry_of(entry, {})
+
+
+def entry_of(method: Method, fixed: Mapping[str, Any]) -> Entry:
+    """The entry of a method with what the user fixed. A driver stands around AdamW, or what `around` names.
+
+    Raises:
+        ValueError: if it cannot stand around that.
+    """
+    if method.kind == "driver":
+        return Entry(driven(method, catalog.get(fixed.get(AROUND, "adamw")), dict(fixed)), fixed)
+    return Entry(method, fixed)
 
 
 def parse(methods: str) -> dict[str, Entry]:
@@ -57,7 +69,8 @@ def parse(methods: str) -> dict[str, Entry]:
             raise ValueError(f"--methods {methods!r}: {name!r} is no name; write METHOD or NAME=METHOD, separated by commas")
         if name in entries:
             raise ValueError(f"--methods {methods!r}: {name!r} stands twice; enter the second as NAME={method or name}")
-        entries[name] = Entry(catalog.get(method or name), dict(setting(part) for part in split(settings) if part.strip()))
+        fixed = dict(setting(part) for part in split(settings) if part.strip())
+        entries[name] = entry_of(catalog.get(method or name), fixed)
     return entries
 
 

@@ -126,7 +126,8 @@ def fit(run: Fit, advance: Callable[[int, float], None] = lambda passes, loss: N
         tune, report = (None, None) if hopeless else (finite(loop.evaluate("tune")), finite(loop.evaluate("report")))
         if not hopeless:
             save(run, loop)
-            export(loop.model, run.folder / "model")
+            with loop.evaluating():
+                export(loop.model, run.folder / "model")
     outcome = Outcome(loop.done, hopeless, report, tune, begun, run.folder)
     write_progress(run, loop, outcome)
     return outcome

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -98,12 +99,18 @@ class Loop:
         """Mean loss over the split's batches; nan for a run that is hopeless, or that ends far above where it began."""
         if self.hopeless:
             return math.nan
-        loss = evaluate(self.task, self.model, split, self.seed, self.device)
+        with self.evaluating():
+            loss = evaluate(self.task, self.model, split, self.seed, self.device)
         if not far_above(loss, self.losses[0]):
             return loss
         with randomness.own(self.seed, self.device):  # the first batch may have been an easy one: ask the model it began with
             first = evaluate(self.task, self.task.model().to(self.device), split, self.seed, self.device)
         return math.nan if far_above(loss, first) else loss
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Within it, the model holds the weights that count: of a driver that keeps an average, the average."""
+        shown = getattr(self.optimizer, "evaluating", None)
+        return shown() if callable(shown) else nullcontext()  # pyright: ignore[reportReturnType]
 
     def curve(self) -> list[tuple[int, float]]:
         """(passes, mean training loss since the point before), in about `CURVE_POINTS` points."""

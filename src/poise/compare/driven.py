@@ -1,0 +1,61 @@
+"""A driver weighed: around an optimizer of the catalog it is an optimizer of the model, with the settings of both."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from poise.catalog import Method
+
+AROUND = "around"  # the setting that names the inner optimizer
+MODEL = ("model", "layers")  # parameters of drivers that are given the model
+
+
+class Driven:
+    """Builds the optimizer `base` of a model and `driver` around it. Settings go to whichever of the two knows them."""
+
+    def __init__(self, driver: Method, base: Method) -> None:
+        self.driver, self.base = driver, base
+        self.__wrapped__ = driver.target  # whose source finished runs are of
+        self.__name__, self.__qualname__ = driver.name, f"{driver.name}(around={base.name})"
+        inside = dict(inspect.signature(base.target).parameters)
+        mine = dict(list(inspect.signature(driver.target).parameters.items())[1:])
+        self.own = [name for name in mine if name not in MODEL]
+        self.models = [name for name in MODEL if name in mine]
+        both = sorted(set(self.own) & (set(inside) | {AROUND}))
+        if both:
+            raise ValueError(f"{self.__qualname__}: both have a setting {both[0]!r}, so it would not be known whose is meant")
+        together = [*inside.values(), *(mine[name] for name in self.own)]
+        keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in together if p.kind is not p.VAR_KEYWORD]
+        self.__signature__ = inspect.Signature(keyword)
+
+    def __call__(self, model: nn.Module, **hyper: Any) -> Optimizer:
+        hyper.pop(AROUND, None)
+        own = {name: hyper.pop(name) for name in self.own if name in hyper}
+        return self.driver.build(self.base.build(model, **hyper), **own, **dict.fromkeys(self.models, model))
+
+
+def driven(driver: Method, base: Method, fixed: dict[str, Any]) -> Method:
+    """The two as one method, which is tuned over the ranges of both.
+
+    Raises:
+        ValueError: if `base` is no optimizer, or the driver needs what a task does not have.
+    """
+    if base.kind != "optimizer":
+        raise ValueError(
+            f"{driver.name}({AROUND}={base.name}): {base.name} is a {base.kind}; a driver stands around an optimizer"
+        )
+    target = Driven(driver, base)
+    tune = {**base.tune, **driver.tune}
+    needed = [
+        name
+        for name, p in target.__signature__.parameters.items()
+        if name in target.own and p.default is p.empty and name not in tune and name not in fixed
+    ]
+    if needed:
+        raise ValueError(f"{driver.name} needs {needed[0]}=..., which a task does not have; it cannot be weighed here")
+    return replace(driver, kind="optimizer", target=target, tune=tune)
