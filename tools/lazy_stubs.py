@@ -16,8 +16,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# Package -> its subpackages in which a name is looked for, in the order of the search; ".": the package itself.
-LAZY: Mapping[str, tuple[str, ...]] = {"poise.optim": ("rules", "transforms"), "poise.training": (".",)}
+# Package -> its subpackages in which a name is looked for, in the order of the search.
+LAZY: Mapping[str, tuple[str, ...]] = {
+    "poise.optim": ("rules", "transforms"),
+    "poise.training": ("drivers", "layers", "losses"),
+}
 
 HEADER = "# Written by tools/lazy_stubs.py from the sources (make stubs). Do not edit, do not commit.\n"
 
@@ -41,7 +44,7 @@ def lazy_names(package: Path, rooms: tuple[str, ...]) -> dict[str, str]:
             for name in public_definitions(path):
                 says_it = path.stem.replace("_", "") == name.lower()
                 if name not in chosen or (says_it and not chosen[name][0]):
-                    chosen[name] = (says_it, f".{path.stem}" if room == "." else f".{room}.{path.stem}")
+                    chosen[name] = (says_it, f".{room}.{path.stem}")
     return {name: module for name, (_, module) in chosen.items()}
 
 

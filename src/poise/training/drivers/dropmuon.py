@@ -19,7 +19,7 @@ Starts = Literal["uniform", "epoch_shift"] | Sequence[float]
 
 
 @method(
-    "drop_muon",
+    "drop-muon",
     family="training",
     kind="driver",
     paper=Paper("Drop-Muon: Update Less, Converge Faster", arxiv="2510.02239", year=2025),

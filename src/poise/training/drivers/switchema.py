@@ -15,7 +15,7 @@ from .ema import EMA, Warmup
 
 
 @method(
-    "switch_ema",
+    "switch-ema",
     family="training",
     kind="driver",
     paper=Paper("Switch EMA: A Free Lunch for Better Flatness and Sharpness", arxiv="2402.09240", year=2024),

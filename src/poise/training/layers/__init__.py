@@ -1,0 +1,1 @@
+"""How a layer holds its weight, and layers that hold it on a sphere."""

@@ -1,0 +1,1 @@
+"""What is added to the loss, and what tells how far it has worked."""
