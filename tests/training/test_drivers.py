@@ -438,10 +438,13 @@ def test_a_hyper_parameter_of_the_driver_stands_in_every_group_and_is_saved_with
     assert opt.param_groups[0]["rho"] == 0.1
 
 
-def test_a_name_that_the_inner_optimizer_uses_is_refused() -> None:
+def test_a_name_that_the_inner_optimizer_uses_gets_the_drivers_own_before_it_and_twice_is_refused() -> None:
     task = classify()
-    with pytest.raises(ValueError, match="'momentum'"):
-        Driver(SGD(task.model, momentum=0.9), {"momentum": 0.1})
+    once = Driver(SGD(task.model, momentum=0.9), {"momentum": 0.1})
+    group = once.param_groups[0]
+    assert (group["momentum"], group["driver_momentum"], once.hyper(group, "momentum")) == (0.9, 0.1, 0.1)
+    with pytest.raises(ValueError, match="'driver_momentum'"):
+        Driver(once, {"momentum": 0.2})
 
 
 def test_the_example_of_the_contract_is_a_driver() -> None:

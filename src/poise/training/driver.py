@@ -60,7 +60,8 @@ class Driver(torch.optim.Optimizer):
       the shapes of its tensors are there from the beginning and stay; one list entry for each parameter is made in `adopt`, in
       the order of the groups. It is saved, strictly loaded, copied and counted without a line of yours.
     - Settings that may differ between groups or follow a schedule go into `defaults` and stand in `param_groups` under their
-      names. Others are plain attributes: a resumed run has those that it was built with.
+      names, or as `lookahead_alpha` if the inner optimizer has an alpha of its own; `self.hyper(group, "alpha")` reads them.
+      Others are plain attributes: a resumed run has those that it was built with.
     - Random draws are functions of a seed and of a count in `own`, so that a resumed run and every rank draw the same.
 
     Args:
@@ -92,8 +93,10 @@ class Driver(torch.optim.Optimizer):
             )
         self.inner = opt
         self.own: dict[str, Any] = dict(own or {})
-        self._hyper = dict(defaults or {})
         taken = {key for one in _nest(opt) for key in (one._hyper if isinstance(one, Driver) else one.defaults)}
+        # a rule may have a rho of its own: then SAM's stands in the groups as sam_rho
+        self._keys = {key: f"{name.lower()}_{key}" if key in taken else key for key in defaults or {}}
+        self._hyper = {self._keys[key]: value for key, value in (defaults or {}).items()}
         for key in self._hyper:
             if key in taken:
                 raise ValueError(f"{name}: the inner optimizer has a hyper-parameter {key!r} of its own")
@@ -129,6 +132,10 @@ class Driver(torch.optim.Optimizer):
     def parameters(self) -> list[Tensor]:
         """Every parameter, in the order of the groups."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def hyper(self, group: Mapping[str, Any], name: str) -> Any:
+        """The driver's hyper-parameter `name` in a group."""
+        return group[self._keys[name]]
 
     def inner_step(self, closure: Callable[[], Any] | None) -> Any:
         """One step of the inner optimizer."""

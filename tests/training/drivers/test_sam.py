@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.problems import distance, same
+from conformance.problems import distance, draw, leaves, same
 from torch import Tensor, nn
 from training.cases import Bowl, Task, bowl_task, classify, play, trained
 
-from poise.optim import SGD, AdamW
+from poise.optim import SGD, AdamW, BrakedSGD
 from poise.training import EMA, SAM, DropMuon
 
 CASES: list[dict[str, Any]] = [{}, {"rho": 0.7}]
@@ -213,3 +213,24 @@ def test_an_inner_optimizer_that_takes_its_own_gradients_is_refused() -> None:
 def test_a_negative_rho_is_refused() -> None:
     with pytest.raises(ValueError, match="rho=-1"):
         SAM(SGD(classify().model), rho=-1)
+
+
+def test_around_a_rule_with_a_rho_of_its_own_both_keep_theirs() -> None:
+    start, grads = draw([(6, 4)], 1)
+    (g,) = grads[0]
+    assert g is not None
+    params = leaves(start)
+    opt = SAM(BrakedSGD(params, lr=0.1, rho=0.5, backend="eager"), rho=0.3)
+    assert (opt.param_groups[0]["rho"], opt.param_groups[0]["sam_rho"]) == (0.5, 0.3)
+    seen = []
+
+    def closure() -> float:
+        seen.append(params[0].detach().clone())
+        params[0].grad = g.clone()
+        return 0.0
+
+    opt.step(closure)
+    assert float((seen[1] - seen[0]).norm()) == pytest.approx(0.3)
+    opt.param_groups[0]["sam_rho"] = 0.0
+    opt.step(closure)
+    assert torch.equal(seen[3], seen[2])

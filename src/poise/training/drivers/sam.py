@@ -83,4 +83,4 @@ class SAM(Driver):
                     yield None
                     continue
                 gradient = weights.local(p.grad).to(weights.computing(p.dtype))
-                yield gradient * (group["rho"] * (scale.to(gradient) if isinstance(scale, Tensor) else scale))
+                yield gradient * (self.hyper(group, "rho") * (scale.to(gradient) if isinstance(scale, Tensor) else scale))
