@@ -3,11 +3,14 @@
 A driver's own test file (`tests/training/drivers/test_sam.py` of `drivers/sam.py`) defines
 
     reference(bowl, *, lr, steps, **hyper)    the published formula around plain gradient descent, in loops of float64: returns
-                                              the weights after `steps` steps, and those to evaluate
+                                              the weights after `steps` steps, and those to evaluate; a setting of the driver
+                                              that is called `steps` too comes as `steps_`
     CASES: list[dict]                         settings under which the two are compared
     NEUTRAL: dict                             settings under which the driver is its inner optimizer
     TYPICAL: dict                             settings for all other behaviours; default `{}`
     needs(opt, task): dict                    what it must be given of the task beside its settings; default nothing
+    task(): Task                              what the reference is compared on, which gets its model; default `bowl_task`
+    INNER_STEPS: int                          steps of the inner optimizer in one of a driver in its typical setting; default 1
 
 Where a file holds several drivers, `reference_<name>` and so on come first.
 """

@@ -32,19 +32,17 @@ inner = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 
 def gap(entry: Method, hyper: dict[str, Any], target: Callable[..., Any] | None = None, torchs: bool = False) -> float:
     """Largest difference to the reference, of the weights that are trained and of those to evaluate."""
-    task = bowl_task()
+    make = told(entry, "task", bowl_task)
+    task = make()
     model: Any = task.model
     opt = torch.optim.SGD(model.parameters(), lr=0.1) if torchs else SGD(model, lr=0.1, backend="eager")
     driver = build(entry, opt, task, target=target, **hyper)
     found = play(driver, task, 12)
     with driver.evaluating():
         shown = trained(task)
-    wanted, shown_wanted = told(entry, "reference")(model_of(), lr=0.1, steps=12, **hyper)
+    named = {"steps_" if name == "steps" else name: value for name, value in hyper.items()}
+    wanted, shown_wanted = told(entry, "reference")(make().model, lr=0.1, steps=12, **named)
     return max(distance(found, wanted), distance(shown, shown_wanted))
-
-
-def model_of() -> Any:
-    return bowl_task().model
 
 
 @pytest.mark.parametrize("torchs", [False, True], ids=["poise", "torch"])
@@ -196,7 +194,8 @@ def test_hooks_of_the_driver_run_around_the_whole_step_and_those_of_the_inner_on
         one.register_step_pre_hook(lambda optimizer, *_, one=one, name=name: seen.append(f"{name} {optimizer is one}"))
         one.register_step_post_hook(lambda *_, name=name: seen.append(f"{name} done"))
     play(opt, task, 2)
-    assert seen == ["outer True", "inner True", "inner done", "outer done"] * 2
+    inside = ["inner True", "inner done"] * told(entry, "INNER_STEPS", 1)
+    assert seen == ["outer True", *inside, "outer done"] * 2
 
 
 def test_state_dict_hooks_are_called(entry: Method) -> None:

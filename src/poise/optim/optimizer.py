@@ -261,6 +261,14 @@ class Optimizer(torch.optim.Optimizer):
         """Put back what `snapshot` copied, bit for bit."""
         resume.put_back(self._current().members, self.param_groups, snapshot)
 
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forget everything that steps left in the state, as if none had been taken; weights and settings stay.
+
+        The lower halves of split weights are weights. A slot that begins as the weights begins as they are now.
+        """
+        resume.begin(self._current().members, self.param_groups)
+
     def plan(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> Plan:
         """Which parameter gets which rule and why, how its state is kept, and the RMS of its update at the current `lr`.
 

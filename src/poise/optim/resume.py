@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .engine import shards
+from .engine.links import initial
+from .engine.members import LOW
 
 if TYPE_CHECKING:
     from .engine.members import Member
@@ -133,3 +135,17 @@ def put_back(members: Sequence[Member], groups: Sequence[dict[str, Any]], taken:
     if taken["state"] is not None:
         for group, clock in zip(groups, taken["clocks"], strict=True):
             group["clock"] = clock
+
+
+def begin(members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> None:
+    """State as it is before the first step, in the tensors that are there."""
+    for m in members:
+        begun = m.create()
+        begun.pop(LOW, None)
+        for key, slot in m.shared.items():
+            if key in m.state:
+                begun[key] = initial(slot, slot.shape, m.state[key], None)
+        for key, value in begun.items():
+            shards.local(m.state[key]).copy_(shards.local(value))
+    for group in groups:
+        group["clock"] = 0

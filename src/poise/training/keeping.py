@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.optim import Optimizer
 from poise.optim.engine import shards
 
 
@@ -96,6 +97,19 @@ def restore(opt: Any, taken: Mapping[str, Any]) -> None:
     if taken["state"] is not None:
         opt.state.clear()
         opt.state.update({p: copy.deepcopy(kept) for p, kept in taken["state"].items()})
+
+
+def begin_anew(opt: torch.optim.Optimizer) -> None:
+    """Let an optimizer forget its state, as if it had taken no step; also one of torch."""
+    if isinstance(opt, Optimizer):
+        opt.begin_anew()
+    elif isinstance(opt, torch.optim.Adagrad):  # the only one that makes its state when it is built, and never again
+        for group in opt.param_groups:
+            for p in group["params"]:
+                opt.state[p]["step"].zero_()
+                opt.state[p]["sum"].fill_(group["initial_accumulator_value"])
+    else:
+        opt.state.clear()
 
 
 def state_bytes(opt: torch.optim.Optimizer) -> int:
