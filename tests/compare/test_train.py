@@ -177,3 +177,9 @@ def test_what_is_measured_are_the_weights_that_a_driver_shows() -> None:
 def test_a_driver_that_takes_two_gradients_a_step_takes_half_the_steps() -> None:
     run = train(Toy(), parse("sam")["sam"], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
     assert [at for at, _ in run.curve] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_filter_takes_its_steps_on_one_batch_and_pays_for_each() -> None:
+    run = train(Toy(), parse("implicit_map(steps=3)")["implicit_map"], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
+    assert run.passes == 12
+    assert [at for at, _ in run.curve] == [3, 6, 9, 12]

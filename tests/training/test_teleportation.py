@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from poise.training.functional import Network
 from poise.training.landscape import along, curvature, gradient_norm, sharpness
-from poise.training.symmetries import pairs_of
+from poise.training.symmetries import mix_units, pairs_of
 from poise.training.teleportation import Teleportation, teleport
 
 GROUPS: dict[str, dict[str, Any]] = {
@@ -149,10 +149,13 @@ def test_the_second_pair_sees_the_activations_of_the_layers_that_have_moved() ->
         before = float(network.loss(start))
         after = float(network.loss(settings.act(network, start, pairs, moves)))
         first = settings.act(network, start, pairs[:1], moves[:1])
-        stale = settings.act(network, start, pairs[1:], moves[1:])
-        stale |= {name: first[name] for name in ("0.weight", "0.bias")}
-        stale["2.weight"] = (torch.eye(12).double() + moves[1]) @ first["2.weight"]
+        layers = first["2.weight"], first["2.bias"], first["4.weight"]
+        V, b, U = mix_units(*layers, network.seen(start, "2")[0], torch.eye(12).double() + moves[1], pairs[1].s)
+        assert b is not None
+        stale = first | {"2.weight": V, "2.bias": b, "4.weight": U}
+        published = float(network.loss(stale))
     assert after == pytest.approx(before, rel=1e-12)
+    assert abs(published - before) > 1e-4
     assert distance([network.seen(first, "2")[0]], [network.seen(start, "2")[0]]) > 0.01
 
 

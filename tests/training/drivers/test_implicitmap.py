@@ -239,9 +239,10 @@ def test_descent_with_the_kalman_matrix_is_a_kalman_filter_over_many_observation
 
 def test_drivers_inside_keep_what_they_remember() -> None:
     task = classify()
-    opt = ImplicitMAP(EMA(AdamW(task.model, backend="eager"), p=0.1), steps=2)
+    average = EMA(AdamW(task.model, backend="eager"), p=0.1)
+    opt = ImplicitMAP(average, steps=2)
     play(opt, task, 3)
-    assert opt.inner.own["step"] == 6
+    assert average.own["step"] == 6
     with pytest.raises(ValueError, match=r"ImplicitMAP\(SAM"):
         SAM(opt)
 
