@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 # The packages in which methods live, by family. A family without a package yet has no line here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "optim": ("poise.optim.rules", "poise.optim.transforms"),
-    "training": ("poise.training.drivers", "poise.training.layers", "poise.training.losses"),
+    "training": ("poise.training.drivers", "poise.training.layers", "poise.training.losses", "poise.training.symmetry"),
     "memory": ("poise.memory",),
 }
 

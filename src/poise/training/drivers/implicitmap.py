@@ -17,7 +17,7 @@ Predict = Callable[[list[Tensor], int], Sequence[Tensor]]
 
 
 @method(
-    "implicit_map",
+    "implicit-map",
     family="training",
     kind="driver",
     paper=Paper("Implicit Maximum a Posteriori Filtering via Adaptive Optimization", arxiv="2311.10580", year=2023),

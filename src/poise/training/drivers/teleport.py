@@ -13,8 +13,8 @@ from poise.optim.engine import shards
 
 from .. import weights
 from ..driver import Driver
-from ..symmetries import Group, Named, check_group, pairs_of
-from ..teleportation import Arrival, Objective, Teleportation
+from ..symmetry.symmetries import Group, Named, check_group, pairs_of
+from ..symmetry.teleportation import Arrival, Objective, Teleportation
 
 
 @method(

@@ -12,10 +12,10 @@ import torch
 from conformance.problems import distance, same
 from torch import Tensor, nn
 
-from poise.training.functional import Network
-from poise.training.landscape import along, curvature, gradient_norm, sharpness
-from poise.training.symmetries import mix_units, pairs_of
-from poise.training.teleportation import Teleportation, teleport
+from poise.training.symmetry.functional import Network
+from poise.training.symmetry.landscape import along, curvature, gradient_norm, sharpness
+from poise.training.symmetry.symmetries import mix_units, pairs_of
+from poise.training.symmetry.teleportation import Teleportation, teleport
 
 GROUPS: dict[str, dict[str, Any]] = {
     "diagonal": {"group": "diagonal", "lr_tele": 0.1},

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..weights import computing, local
 from .functional import Loss, Network, Weights, looked_at
 from .landscape import along, curvature, gradient_norm, sharpness
 from .symmetries import Group, Named, Pair, check_group, mix_outputs, mix_units, pairs_of, scale_units
-from .weights import computing, local
 
 Objective = Literal["gradient", "sharpness", "curvature"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the loss, relative; 0.05 where weights have fewer bits

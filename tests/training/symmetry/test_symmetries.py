@@ -10,7 +10,7 @@ import torch
 from conformance.problems import distance, same
 from torch import Tensor, nn
 
-from poise.training.symmetries import Pair, check_group, mix_outputs, mix_units, pairs_of, scale_units
+from poise.training.symmetry.symmetries import Pair, check_group, mix_outputs, mix_units, pairs_of, scale_units
 
 LEAKY = nn.LeakyReLU(0.1)
 
