@@ -180,6 +180,6 @@ def test_a_driver_that_takes_two_gradients_a_step_takes_half_the_steps() -> None
 
 
 def test_a_filter_takes_its_steps_on_one_batch_and_pays_for_each() -> None:
-    run = train(Toy(), parse("implicit_map(steps=3)")["implicit_map"], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
+    run = train(Toy(), parse("implicit-map(steps=3)")["implicit-map"], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
     assert run.passes == 12
     assert [at for at, _ in run.curve] == [3, 6, 9, 12]

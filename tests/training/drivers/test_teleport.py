@@ -229,4 +229,4 @@ def test_a_model_without_the_symmetry_is_refused_when_it_is_built() -> None:
 def test_a_comparison_says_that_it_cannot_give_a_batch_to_teleport_on() -> None:
     with pytest.raises(ValueError, match=r"teleport needs loss=\.\.\., which a task does not have"):
         parse("teleport")
-    assert set(parse("implicit_map")["implicit_map"].space) >= {"steps", "lr"}
+    assert set(parse("implicit-map")["implicit-map"].space) >= {"steps", "lr"}
