@@ -203,7 +203,7 @@ def orthogonality(one: Contender) -> dict[str, float] | None:
     if one.row.library not in ("poise", "torch", "pytorch_optimizer"):
         return None
     try:
-        from poise.linalg.polar import orthogonalization_error
+        from poise.linalg.orthogonality import orthogonalization_error
     except ImportError:
         return None
     group = one.optimizer.param_groups[0]

@@ -23,8 +23,9 @@ from typing import Any, Literal, TypeVar
 # The packages in which methods live, by family. A family without a package yet has no line here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "optim": ("poise.optim.rules", "poise.optim.transforms"),
-    "training": ("poise.training.drivers", "poise.training.layers", "poise.training.losses", "poise.training.solvers", "poise.training.symmetry"),
+    "training": tuple(f"poise.training.{room}" for room in ("drivers", "layers", "losses", "solvers", "symmetry")),
     "memory": ("poise.memory",),
+    "linalg": ("poise.linalg",),
 }
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -83,7 +84,7 @@ class Method:
     family: str
     paper: Paper
     target: Callable[..., Any]  # the class or function that the decorator stands on
-    kind: str = "optimizer"  # what it is within its family: optimizer, transform, driver, solver, codec, ...
+    kind: str = "optimizer"  # what it is within its family: optimizer, transform, driver, solver, codec, diagnostic, ...
     tune: Mapping[str, Space] = field(default_factory=dict)
     mutant: tuple[str, str] | None = None  # (a piece of the method's source, what to put there): its own test must then fail
     exempt: Mapping[str, str] = field(default_factory=dict)  # behaviour of the conformance suite -> the written reason

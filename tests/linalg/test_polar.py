@@ -14,7 +14,8 @@ from torch import Tensor
 
 from poise.linalg import newton_schulz, polar
 from poise.linalg.newton_schulz import almost_orthogonal_rows, restarts
-from poise.linalg.polar import METHODS, orthogonalization_error, orthogonalize
+from poise.linalg.orthogonality import orthogonalization_error
+from poise.linalg.polar import METHODS, orthogonalize
 
 POLYNOMIALS = ["ns5", "dyn5", "turbo4", "polar_express"]
 EXACT = ["qdwh", "svd"]
@@ -577,37 +578,3 @@ def test_a_new_method_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "ns7", dataclasses.replace(METHODS["ns5"], steps=7))
     m = gaussian(6, 9)
     assert torch.equal(orthogonalize(m, "ns7"), orthogonalize(m, "ns5", steps=7))
-
-
-# --- the diagnostic ---
-
-
-def test_the_error_of_a_known_result() -> None:
-    m = torch.diag(torch.tensor([3.0, 2.0]))
-    error = orthogonalization_error(m, torch.diag(torch.tensor([1.1, 0.8])))
-    assert float(error.spectral) == pytest.approx(0.2)
-    assert float(error.frobenius) == pytest.approx(math.sqrt(0.05 / 2))
-    assert float(error.sigma_min) == pytest.approx(0.8)
-    assert float(error.sigma_max) == pytest.approx(1.1)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (2, 3, 12, 8), (8, 12)])
-def test_the_error_has_one_value_for_each_matrix_and_is_zero_for_exact_ones(shape: tuple[int, ...]) -> None:
-    m = gaussian(*shape, dtype=torch.float32).requires_grad_()
-    error = orthogonalization_error(m, orthogonalize(m.double(), "svd"))
-    for value, wanted in ((error.spectral, 0.0), (error.frobenius, 0.0), (error.sigma_min, 1.0), (error.sigma_max, 1.0)):
-        assert value.shape == shape[:-2]
-        assert not value.requires_grad
-        assert (value - wanted).abs().max() < 1e-12
-
-
-def test_the_error_of_zero_is_zero() -> None:
-    error = orthogonalization_error(torch.zeros(3, 4), torch.zeros(3, 4))
-    assert float(error.spectral) == float(error.frobenius) == 0.0
-
-
-def test_the_error_needs_two_equal_shapes_with_entries() -> None:
-    with pytest.raises(ValueError, match="must be equal"):
-        orthogonalization_error(torch.ones(2, 3), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="entries"):
-        orthogonalization_error(torch.ones(0, 3), torch.ones(0, 3))
