@@ -26,7 +26,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": tuple(f"poise.training.{room}" for room in ("drivers", "layers", "losses", "solvers", "symmetry")),
     "memory": ("poise.memory",),
     "linalg": ("poise.linalg",),
+    "compare": ("poise.compare.protocols",),
 }
+NEEDS_EXTRA = {"compare"}  # rooms that the core dependencies do not open; without the extra their methods are not listed
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -84,7 +86,7 @@ class Method:
     family: str
     paper: Paper
     target: Callable[..., Any]  # the class or function that the decorator stands on
-    kind: str = "optimizer"  # what it is within its family: optimizer, transform, driver, solver, codec, diagnostic, ...
+    kind: str = "optimizer"  # within its family: optimizer, transform, driver, solver, codec, diagnostic, protocol, ...
     tune: Mapping[str, Space] = field(default_factory=dict)
     mutant: tuple[str, str] | None = None  # (a piece of the method's source, what to put there): its own test must then fail
     exempt: Mapping[str, str] = field(default_factory=dict)  # behaviour of the conformance suite -> the written reason
@@ -154,17 +156,22 @@ def methods(family: str | None = None) -> list[Method]:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(ROOMS)}")
     for room, packages in ROOMS.items():
         if family is None or family == room:
-            for package in packages:
-                for name in modules(package):
-                    importlib.import_module(name)
+            try:
+                for package in packages:
+                    for name in modules(package):
+                        importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if room not in NEEDS_EXTRA or (error.name or "").partition(".")[0] == "poise":
+                    raise
     chosen = [m for m in _methods.values() if family is None or m.family == family]
     return sorted(chosen, key=lambda m: (m.family, m.name))
 
 
 def get(name: str) -> Method:
     """The method called `name`, or ValueError with the nearest known names."""
-    if name not in _methods:
-        methods()
+    for family in ROOMS:  # one after another: the last ones are dear to open
+        if name not in _methods:
+            methods(family)
     if name not in _methods:
         import difflib
 

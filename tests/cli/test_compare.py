@@ -28,7 +28,7 @@ def test_a_comparison_prints_its_verdict_and_writes_its_results(poise: Callable)
     assert "toy-sgd and again tie" in ended.out and results.verdict.sentence in ended.out
     assert [method.name for method in results.methods] == ["toy-sgd", "again"]
     sizes = dict(trials=2, tune_steps=3, steps=4, seeds=2, seed=0)
-    assert results.settings.model_dump() == sizes | dict(budgets=(), threads=1, device="cpu")
+    assert results.settings.model_dump() == sizes | dict(budgets=(), threads=1, device="cpu", sampler="joint")
 
 
 def test_a_comparison_leaves_a_page_that_needs_nothing_else(poise: Callable) -> None:
@@ -194,3 +194,11 @@ def test_the_methods_of_the_catalog_are_compared_on_the_embedded_task(poise: Cal
     assert found["again"].to_reference is not None and found["again"].to_reference.model_dump() == dict(mean=0, low=0, high=0)
     assert found["adamw"].finals[0].state_bytes >= 2 * found["lion"].finals[0].state_bytes > 0
     assert all(run.loss is not None and run.loss < 6.0 for method in found.values() for run in method.finals)
+
+
+def test_hyper_parameters_can_be_swept_one_after_another(poise: Callable) -> None:
+    assert poise(*RUN, "--sampler", "random").code == 2
+    refused = poise(*RUN, "--sampler", "coordinate")
+    assert refused.code == 2 and "trials=2" in refused.err
+    assert poise(*RUN, "--sampler", "coordinate", "--trials", "4").code == 0
+    assert Results.read(Path("runs/compare/toy/results.json")).settings.sampler == "coordinate"

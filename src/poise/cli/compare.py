@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TASK = "An embedded task, or a FILE.py with model(), batches(split) and loss(model, batch)."
 METHODS = "What to weigh, separated by commas; NAME=METHOD(lr=1e-3,state=int8) names an entry and fixes some of its settings."
 BUDGETS = "Further budgets at which the reference is finished, in units of --steps, for the speed-ups; none: ''."
+SAMPLER = "joint: a trial's hyper-parameters are drawn together; coordinate: they are swept one after another, in more trials."
 AT_ONCE = 8  # workers that are started unless asked for more: each holds a model of its own
 
 
@@ -32,6 +33,7 @@ def compare(
     tune_steps: Annotated[int | None, typer.Option(min=1, help="Those of a trial, by default as many.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs per method, paired across methods.")] = 3,
     budgets: Annotated[str, typer.Option(help=BUDGETS)] = "0.5,2",
+    sampler: Annotated[str, typer.Option(help=SAMPLER)] = "joint",
     out: Annotated[
         Path | None, typer.Option(help="Folder of results.json, report.html and the journal, by default runs/compare/TASK.")
     ] = None,
@@ -59,7 +61,10 @@ def compare(
     from poise.compare.workers import Inline, Pool, WorkerKilled
 
     with bad_input():
+        if sampler not in ("joint", "coordinate"):
+            raise ValueError(f"--sampler {sampler!r}: expected joint or coordinate")
         settings = Settings(
+            sampler=sampler,
             trials=trials,
             tune_steps=tune_steps or steps,
             steps=steps,
@@ -71,6 +76,7 @@ def compare(
         )
         entries = parse(methods)
         plan.check(entries)
+        plan.check_trials(entries, settings)
         problem = tasks.load(one_task(task, task_option))
         plan.check(entries, problem)
         folder = out or Path("runs", "compare", problem.name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from poise.catalog import Method
+from poise.compare import coordinate
 from poise.compare.entries import Entry, as_entry
 from poise.compare.results import Run, Settings
 from poise.compare.tasks import Task
@@ -54,6 +55,16 @@ def ranked(trials: Sequence[Run]) -> list[int]:
 def choose(trials: Sequence[Run]) -> int | None:
     """Number of the trial with the lowest loss; None if every one diverged."""
     return next(iter(ranked(trials)), None)
+
+
+def check_trials(entries: Mapping[str, Entry], settings: Settings) -> None:
+    """Raise ValueError if there are too few trials to sweep every hyper-parameter once, where they are swept one by one."""
+    for name, entry in entries.items():
+        if settings.sampler == "coordinate" and entry.space and settings.trials < (least := coordinate.least(entry)):
+            raise ValueError(
+                f"trials={settings.trials}: sampler 'coordinate' needs at least {least} to sweep each of {len(entry.space)} "
+                f"hyper-parameters of {name!r} once"
+            )
 
 
 def check(entries: Mapping[str, Entry], task: Task | None = None) -> None:

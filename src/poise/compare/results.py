@@ -37,6 +37,9 @@ class Settings(Record):
         default=1, ge=1, description="of torch in each run; unlike the number of workers it changes sums of floats"
     )
     device: str = Field(default="cpu", description="torch device of every run")
+    sampler: Literal["joint", "coordinate"] = Field(
+        default="joint", description="all hyper-parameters of a trial drawn together, or swept one after another"
+    )
 
 
 class Run(Record):

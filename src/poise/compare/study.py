@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from poise.catalog import Method, Space
-from poise.compare import provenance, sampler
+from poise.compare import coordinate, provenance, sampler
 from poise.compare.entries import Entry, as_entry
 from poise.compare.journal import Job, Journal
-from poise.compare.plan import CANDIDATES, check, choose, further_budgets, ranked, reference_of, trials_of
+from poise.compare.plan import CANDIDATES, check, check_trials, choose, further_budgets, ranked, reference_of, trials_of
 from poise.compare.results import Results, Run, Settings
 from poise.compare.summary import Found, summary
 from poise.compare.tasks import Split, Task
@@ -58,6 +58,7 @@ def compare(
     """
     entries = {name: as_entry(entry) for name, entry in methods.items()}
     check(entries)
+    check_trials(entries, settings)
     study = Study(task, entries, settings, journal, watch or Nobody(), workers or Inline(task, entries))
     found = Found(study.tune())
     study.choose(found)
@@ -86,7 +87,9 @@ class Study:
     # -- the phases ---------------------------------------------------------------------------------------------------
 
     def tune(self) -> dict[str, list[Run]]:
-        """The trials that wait for nothing, of all methods."""
+        """The trials that wait for nothing, of all methods; all trials, where hyper-parameters are swept one after another."""
+        if self.settings.sampler == "coordinate":
+            return self.sweep()
         wanted = []
         for number in range(self.settings.trials):
             for name, entry in self.entries.items():
@@ -94,6 +97,20 @@ class Study:
                     hyper = sampler.draw(entry, self.settings.seed, number)
                     wanted.append(self.trial(name, hyper, number, self.settings.tune_steps))
         return self.by_entry(wanted)
+
+    def sweep(self) -> dict[str, list[Run]]:
+        """The methods' defaults, then round after round; those of all methods are made together."""
+        seed, at = self.settings.seed, self.settings.tune_steps
+        found = self.by_entry([self.trial(name, sampler.draw(entry, seed, 0), 0, at) for name, entry in self.entries.items()])
+        for number in range(self.settings.trials):
+            wanted = []
+            for name, entry in self.entries.items():
+                best = found[name][choose(found[name]) or 0].hyper
+                for trial in coordinate.numbers(number, trials_of(entry, self.settings)):
+                    wanted += [self.trial(name, coordinate.draw(entry, best, seed, trial), trial, at)]
+            for name, runs in self.by_entry(wanted).items():
+                found[name] += runs
+        return found
 
     def choose(self, found: Found) -> None:
         """The reserved trials, then every method's best."""
@@ -150,7 +167,7 @@ class Study:
     # -- single runs --------------------------------------------------------------------------------------------------
 
     def reserved(self, entry: Entry) -> int:
-        return sampler.reserved(trials_of(entry, self.settings))
+        return 0 if self.settings.sampler == "coordinate" else sampler.reserved(trials_of(entry, self.settings))
 
     def trial(self, name: str, hyper: Mapping[str, Any], number: int, passes: int) -> Job:
         return self.job(name, hyper, number, self.settings.seed * SEEDS_APART, passes, "tune")

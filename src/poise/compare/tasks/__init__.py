@@ -20,6 +20,8 @@ Split = Literal["train", "tune", "report"]
 # Tasks that need no download: name -> where its class is. Imported when asked for.
 EMBEDDED = {
     "code-lm": "poise.compare.tasks.code_lm:Task",
+    "code-lm-small": "poise.compare.tasks.code_lm:small",
+    "code-lm-large": "poise.compare.tasks.code_lm:large",
     "digits": "poise.compare.tasks.digits:Task",
     "convex": "poise.compare.tasks.problems:Convex",
     "ill-conditioned": "poise.compare.tasks.problems:IllConditioned",

@@ -32,13 +32,24 @@ class Task:
 
     Args:
         root: folder whose `.py` files are the corpus; by default the running interpreter's standard library.
+        name: one for each size, since results of different models are not of one task.
+        width, layers: of the model.
         batch_size, context: a batch is `(batch_size, context + 1)` bytes: inputs and, one to the right, targets.
     """
 
-    name = "code-lm"
     unit = "nats per byte"
 
-    def __init__(self, root: Path | None = None, batch_size: int = 8, context: int = 64) -> None:
+    def __init__(
+        self,
+        root: Path | None = None,
+        batch_size: int = 8,
+        context: int = 64,
+        *,
+        name: str = "code-lm",
+        width: int = 128,
+        layers: int = 2,
+    ) -> None:
+        self.name, self.width, self.layers = name, width, layers
         self.root = root or Path(sysconfig.get_path("stdlib"))
         self.batch_size = batch_size
         self.context = context
@@ -59,7 +70,14 @@ class Task:
 
     def model(self) -> nn.Module:
         # Llama's 0.02 is made for thousands of channels; a short run would spend much of itself on growing the weights.
-        return GPT(GPTConfig(max_position_embeddings=self.context, initializer_range=128**-0.5))
+        config = GPTConfig(
+            hidden_size=self.width,
+            intermediate_size=self.width * 43 // 16,  # 8/3, in multiples of 8
+            num_hidden_layers=self.layers,
+            max_position_embeddings=self.context,
+            initializer_range=self.width**-0.5,
+        )
+        return GPT(config)
 
     def batches(self, split: Split, seed: int) -> Iterator[Tensor]:
         stream = self.data[split]
@@ -77,6 +95,16 @@ class Task:
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         logits = model(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def small() -> Task:
+    """A quarter of the matrices' entries, in half as many blocks."""
+    return Task(name="code-lm-small", width=64, layers=1)
+
+
+def large() -> Task:
+    """Four times the matrices' entries, in twice as many blocks."""
+    return Task(name="code-lm-large", width=256, layers=4)
 
 
 def corpus(root: Path) -> dict[str, bytes]:

@@ -1,0 +1,1 @@
+"""Protocols: comparisons of several comparisons."""
