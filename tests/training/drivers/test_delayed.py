@@ -56,14 +56,16 @@ def test_without_delay_it_is_the_base_bit_for_bit(make: Any) -> None:
 
 def test_a_gradient_that_was_missing_is_missing_when_its_turn_comes() -> None:
     x = nn.Parameter(torch.ones(3))
-    opt = Delayed(torch.optim.SGD([x], lr=0.1), delay=2)
+    opt = Delayed(torch.optim.SGD([x], lr=0.1, momentum=0.5), delay=2)  # with momentum a gradient of zero would move it
     moved = []
     for step in range(6):
-        x.grad = None if step == 1 else torch.full((3,), float(step + 1))
+        held = torch.full((3,), float(step + 1))
+        x.grad = None if step == 1 else held
         before = x.detach().clone()
         opt.step()
         moved.append(float((before - x.detach())[0]))
-    assert moved == pytest.approx([0, 0, 0.1, 0, 0.3, 0.4])
+        held.zero_()  # as zero_grad(set_to_none=False) does
+    assert moved == pytest.approx([0, 0, 0.1, 0, 0.35, 0.575])
 
 
 @pytest.mark.parametrize("delay", [-1, 1.5, True])
