@@ -16,6 +16,7 @@ The contract:
 - `u`, `x` (the parameter) and the state arrive in float32 (float64 for float64 parameters), whatever the formats they are kept
   in. A rule assigns new values to `state[...]`; it never writes into `u`, `x` or `k.grad`.
 - What `unit` says decides the shape it sees: "element" rules see any flat piece of a tensor and must treat every element alike;
+  "block" rules see `(blocks, elements)`, some equal blocks of neighbouring elements, and must treat every block alike;
   "matrix" rules see `(..., rows, columns)` with outputs as rows, one matrix or several equal ones at once; "tensor" rules see
   the whole parameter; "layer" rules see a layer's weight and bias as one matrix `[W as (out, in * kernel) | b]`.
 - Everything that changes from step to step, learning rate and bias corrections included, comes through `scalars`, which is
@@ -34,7 +35,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-Unit = Literal["element", "matrix", "tensor", "layer"]
+Unit = Literal["element", "block", "matrix", "tensor", "layer"]
 State = MutableMapping[str, Tensor]
 ROLES = ("matrix", "conv", "experts", "embedding", "head", "norm", "bias", "vector", "scalar")
 
@@ -110,6 +111,25 @@ class Transform:
         """The state kept for one parameter."""
         return {}
 
+    def blocks(self, p: Param) -> tuple[tuple[int, int], ...] | None:
+        """With unit "block": the parameter's blocks as runs `((count, elements), ...)`, from its first element on.
+
+        So many equal blocks of neighbouring elements, then those of the next run; None: each element is one. Elements come in
+        the order of the parameter with its outputs first, however it is stored; of stacked experts, one expert after another.
+        The rule sees `(blocks, elements)`, some of one run: `u`, `x`, `k.grad`, what is fed, and its slots of the parameter's
+        shape. Its other slots hold one value for each block, in their order and in whatever shape, and it sees `(blocks, 1)`
+        of them; they are never encoded.
+
+            rows:                       ((rows, columns),)
+            heads, of a norm one:       ((heads, head_dim * columns),),    ((1, elements),)
+            q and k by heads, v by rows of (3 * width, width):   ((2 * heads, head_dim * width), (width, width))
+
+        Element links before and after run in the same kernel. Where a shard holds whole blocks, all of one length and as many
+        for each index of the first dimension, and the slots for them begin with that dimension, it is worked on where it is;
+        else the parameter is gathered. A block rule has no inner rules, no refresh() and no written().
+        """
+        raise NotImplementedError(f"{type(self).__name__}.blocks")
+
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float] | None:
         """Numbers of this step, from the parameter's step count (1 at the first) and its group's hyper-parameters.
 
@@ -121,7 +141,8 @@ class Transform:
     def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
         """Phase one, per parameter: 0-d tensors that `reduce` gets the totals of; may write state. {} costs nothing.
 
-        An "element" rule sees pieces, so what it returns must be sums over elements: pieces and shards are added.
+        An "element" rule sees pieces, so what it returns must be sums over elements, and a "block" rule's over blocks: pieces
+        and shards are added.
         """
         return {}
 
@@ -233,7 +254,8 @@ class Context:
         step: the parameter's step count, `clock`: the steps this rule has taken over all of its parameters. Both exist only
             where nothing is compiled (`refresh`, `reduce`, and rules of unit "matrix", "tensor", "layer").
         loss: the loss, if the closure gave one, else None.
-        param: the `Param` (not in "element" rules, whose kernels serve all; of a batch of equal matrices, the first's).
+        param: the `Param` (not in "element" and "block" rules, whose kernels serve all; of a batch of equal matrices, the
+            first's).
         inner: handles of the inner rules, each with `apply(v)` and `reset()`.
     """
 

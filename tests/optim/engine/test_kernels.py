@@ -146,7 +146,7 @@ def _wrapped(statement: str) -> str:
 
 def test_statements_that_are_known_become_calls_of_the_kernels() -> None:
     text = _wrapped("cpp_fused_0(arg0_1, arg1_1, s0)")
-    assert 'extern "C" void poise_run(char** p, int64_t n)' in text
+    assert 'extern "C" void poise_run(char** p, int64_t n, int64_t length)' in text
     assert "(const float*)p[0], (float*)p[1], (int64_t)(n)" in text
     assert 'extern "C"  void kernel' not in text
 

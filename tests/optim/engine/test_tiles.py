@@ -207,7 +207,7 @@ def test_tiles_begin_where_blocks_begin(row: int) -> None:
     one, alive = step(lambda pointers, n: None, [CODES], BLOCK)
     made = Launch([one], 2, [row * 6], [row], [[(0, row * 6, 0)]], scratch=1)
     covered = np.zeros(row * 6, dtype=int)
-    for _, offset, length, index in made.tiles.tolist():
+    for _, offset, length, index, *_ in made.tiles.tolist():
         assert index == offset
         assert offset % row % BLOCK == 0
         assert row % BLOCK == 0 or offset // row == (offset + length - 1) // row, "a row no block divides is not left"

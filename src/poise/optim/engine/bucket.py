@@ -1,8 +1,4 @@
-"""Parameters that take the same way: one rule, one format, one device; and that rule's chain cut into stretches.
-
-A chain is cut where the unit changes (a matrix rule between element rules) and before a link that measures the update that
-reaches it, since its totals must be known before it may go on.
-"""
+"""Parameters that take the same way: one rule, one format, one device."""
 
 from __future__ import annotations
 
@@ -17,46 +13,11 @@ from torch import Tensor
 from ..transform import Transform
 from . import kernels, shards
 from .flat import Flat, Mode
-from .links import Bound
 from .members import LOW, Member
 from .program import Program, reads_loss, reads_own
+from .segments import cut
 from .tiled import Tiled
-from .whole import Whole, measure_whole, measures
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a chain: positions of its links, and whether they are "element" links."""
-
-    positions: tuple[int, ...]
-    element: bool
-    gated: bool  # its first link measures the update, and must be reduced before this stretch runs
-
-
-def cut(bound: Sequence[Bound]) -> list[Segment]:
-    """The stretches of a chain, in order."""
-    segments: list[Segment] = []
-    positions: list[int] = []
-    for i, b in enumerate(bound):
-        kind, gated = _kind(b), measures(b.link) and b.link.reads == "update"
-        if positions and (gated or kind != _kind(bound[positions[0]])):
-            segments.append(_segment(bound, positions))
-            positions = []
-        positions.append(i)
-    segments.append(_segment(bound, positions))
-    if not segments[-1].element:
-        raise ValueError(f"the last link must be of unit 'element', not {bound[-1].link!r}")
-    return segments
-
-
-def _kind(b: Bound) -> str:
-    """Links of one kind can stand in one stretch: matrix and tensor rules see the same whole parameters, layer rules others."""
-    return "whole" if b.link.unit in ("matrix", "tensor") else b.link.unit
-
-
-def _segment(bound: Sequence[Bound], positions: list[int]) -> Segment:
-    first = bound[positions[0]].link
-    return Segment(tuple(positions), first.unit == "element", measures(first) and first.reads == "update")
+from .whole import Whole, measure_whole
 
 
 @dataclass
@@ -104,13 +65,13 @@ class Bucket:
         self.members, self.mode = list(members), mode
         self.bound = members[0].bound
         self.links: tuple[Transform, ...] = tuple(b.link for b in self.bound)
-        self.segments = cut(self.bound)
+        self.segments = cut(self.members)
         self.compute = members[0].format.compute
         self.device = members[0].device
         self.feeds = tuple(dict.fromkeys(name for link in self.links for name in link.feeds))
         self.mixed = len({m.signature() for m in members}) > 1  # parameters of one layer, kept in different formats
         self.runners: dict[Any, Tiled | Flat] = {}
-        self.whole = {s.positions: Whole(s.positions) for s in self.segments if not s.element}
+        self.whole = {s.positions: Whole(s.positions) for s in self.segments if not s.tiled}
         self.scratch: dict[str, Tensor] = {}
         self.readers: dict[tuple[str, Any], bool] = {}  # what was found out of a link, by its prefix
 
@@ -131,17 +92,18 @@ class Bucket:
         return self.runners[key]
 
     def _make(self, program: Program, like: Member) -> Tiled | Flat:
-        if self.mode == "tiles":
+        here = program.blocked is None or like.tiled(program.blocked.prefix)
+        if self.mode == "tiles" and here:
             try:
                 return Tiled(program, like)
             except kernels.Unsupported as error:
                 say_once(f"poise: this rule runs through torch.compile, not as native tiles: {error}")
                 self.mode = "inductor" if kernels.compiler() else "chunks"
-        return Flat(program, like, self.mode)  # type: ignore[arg-type]
+        return Flat(program, like, "eager" if self.mode == "tiles" else self.mode)  # type: ignore[arg-type]
 
     def measure(self, p: Pass, position: int, us: Sequence[Tensor]) -> tuple[tuple[str, ...], Tensor]:
         """Phase one of one link over the members of a pass: names, and values (members, names)."""
-        if self.bound[position].link.unit != "element":
+        if self.bound[position].link.unit not in ("element", "block"):
             return measure_whole(position, p.members, us, p.grads, [p.rows[w] for w in p.which], p.steps, p.feeds)
         begins = position == 0 or self.links[position].reads == "grad"
         given = Pass(p.members, p.grads, p.steps, p.rows, p.which, p.feeds, [] if begins else list(us))
@@ -158,7 +120,7 @@ class Bucket:
         segment = self.segments[p.segment]
         p.segment += 1
         by_prefix = {b.prefix: self._here(totals[id(b.link)]) for b in self.bound if id(b.link) in totals}
-        if not segment.element:
+        if not segment.tiled:
 
             def facts(i: int) -> dict[str, Any]:
                 own = {prefix: dict(zip(names, values[i].unbind(0), strict=True)) for prefix, (names, values) in p.own.items()}
@@ -241,7 +203,7 @@ class Bucket:
         measuring: bool = False,
         dry: bool = False,
     ) -> tuple[tuple[str, ...], Tensor]:
-        """Run element links over a pass; their measured sums by name, (members, names)."""
+        """Run element and block links over a pass; their measured sums by name, (members, names)."""
         run = self._run_mixed if self.mixed else self._run_one
         return run(positions, p, totals, own, measuring, dry)
 
@@ -312,4 +274,4 @@ def say_once(message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-__all__ = ["LOW", "Bucket", "Mode", "Pass", "Segment", "cut"]
+__all__ = ["LOW", "Bucket", "Mode", "Pass"]

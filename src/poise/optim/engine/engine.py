@@ -242,8 +242,8 @@ class Engine:
         counted = [(p.members, values) for _, p, _, _, values in found]
         if link.absent == "zeros":
             counted += self._absent(link, passes)
-        if link.unit == "element":
-            _over_ranks(counted)
+        if link.unit in ("element", "block"):
+            _over_ranks(link, counted)
         where = found[0][4].device  # of the totals, should the members be on several
         sums = torch.stack([values.sum(0).to(where) for _, values in counted]).sum(0)
         totals = dict(zip(found[0][3], sums.unbind(0), strict=True))
@@ -363,13 +363,13 @@ def _fed(bucket: Bucket, m: Member, feeds: Mapping[str, Mapping[int, Tensor]]) -
     return fed
 
 
-def _over_ranks(counted: Sequence[tuple[Sequence[Member], Tensor]]) -> None:
+def _over_ranks(link: Transform, counted: Sequence[tuple[Sequence[Member], Tensor]]) -> None:
     """Add up what the ranks measured of their pieces, in place, with one all-reduce for each group of ranks."""
     at: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
     for members, values in counted:
         for i, m in enumerate(members):
-            if m.groups:
-                at.setdefault(m.groups, []).append((values, i))
+            if over := m.groups(link):
+                at.setdefault(over, []).append((values, i))
     for over, entries in at.items():
         together = shards.add_up(torch.stack([values[i] for values, i in entries]), over)
         for (values, i), summed in zip(entries, together, strict=True):

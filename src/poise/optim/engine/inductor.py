@@ -21,6 +21,8 @@ from .rewrite import PRELUDE, faster, unaliased
 # tables could have, so that nothing else is taken for the same size.
 EXAMPLE_ELEMENTS = 8200
 EXAMPLE_BLOCKS = 104
+EXAMPLE_LENGTH = 1016
+LENGTH = -1  # in a shape: the second dynamic size, the elements of a block
 
 
 class Unsupported(RuntimeError):
@@ -29,7 +31,7 @@ class Unsupported(RuntimeError):
 
 @dataclass(frozen=True)
 class Arg:
-    """One tensor of a kernel: `shape` holds None where the dynamic size stands (first dimension only)."""
+    """One tensor of a kernel: `shape` begins with None, the dynamic size, unless it is fixed; LENGTH may follow."""
 
     name: str
     dtype: torch.dtype
@@ -38,7 +40,8 @@ class Arg:
 
     def example(self) -> Tensor:
         size = EXAMPLE_ELEMENTS if len(self.shape) == 1 else EXAMPLE_BLOCKS
-        return torch.zeros([size if d is None else d for d in self.shape], dtype=self.dtype)
+        shape = [size if d is None else EXAMPLE_LENGTH if d == LENGTH else d for d in self.shape]
+        return torch.zeros(shape, dtype=self.dtype)
 
 
 def trace(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], decompositions: Any = None) -> torch.fx.GraphModule:
@@ -49,7 +52,7 @@ def trace(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], decompositi
         named = {arg.name: tensor for arg, tensor in zip(args, tensors, strict=True)}
         for arg, tensor in zip(args, tensors, strict=True):
             for dim, size in enumerate(arg.shape):
-                if size is not None and tensor.shape[dim] != size:  # also fixes the size in the graph
+                if size is not None and size != LENGTH and tensor.shape[dim] != size:  # also fixes the size in the graph
                     raise ValueError(f"{arg.name} has shape {tuple(tensor.shape)}")
         results = fn(**named)
         for arg in args:
@@ -142,7 +145,7 @@ class _Wrapper:
             self.lines = [line.replace(f"{name}@", f"{name}_{index}") for line in self.lines]
             parts.append(renamed)
         buffers = [f"static thread_local std::vector<char> temporary{i};" for i in range(self.temporaries)]
-        entry = ['extern "C" void poise_run(char** p, int64_t n) {', *self.lines, "}"]
+        entry = ['extern "C" void poise_run(char** p, int64_t n, int64_t length) {', *self.lines, "}"]
         return "\n".join(["#include <vector>", PRELUDE, *parts, *buffers, *entry, ""])
 
     def statement(self, node: ast.stmt) -> None:
@@ -159,7 +162,7 @@ class _Wrapper:
                 targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Name(id=of), slice=ast.Constant(value=int(dim)))
             ):
                 size = self.shapes[of][dim]
-                self.sizes[name] = "n" if size is None else str(size)
+                self.sizes[name] = "n" if size is None else "length" if size == LENGTH else str(size)
             case ast.Assign(
                 targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="empty_strided_cpu"), args=[shape, _, dtype])
             ):

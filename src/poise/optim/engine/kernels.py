@@ -1,8 +1,9 @@
 """Plain tensor math -> one native function over a tile, compiled once and kept on disk.
 
 `native(fn, args)` traces `fn` with a dynamic leading size, lets inductor generate its single-thread vector kernel, and wraps
-that in one C entry point `void poise_run(char** pointers, int64_t n)` which the tile driver calls. The machine code is
-found again under the traced graph's hash, so a warm start neither lowers nor compiles.
+that in one C entry point `void poise_run(char** pointers, int64_t n, int64_t length)` which the tile driver calls; `length` are
+the elements of a block, where the rule sees blocks. The machine code is found again under the traced graph's hash, so a warm
+start neither lowers nor compiles.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from torch import Tensor
 
 from .inductor import Arg, Unsupported, source_of, trace
 
-VERSION = 8  # of what is kept on disk
+VERSION = 9  # of what is kept on disk
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled function: `address` of `void(char** pointers, int64_t n)`, pointers in the order of `args`."""
+    """A compiled function: `address` of `void(char** pointers, int64_t n, int64_t length)`, pointers in the order of `args`."""
 
     address: int
     args: tuple[Arg, ...]

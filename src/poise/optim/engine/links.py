@@ -17,6 +17,7 @@ from torch import Tensor
 from poise.memory.rounding import unit
 
 from ..transform import Chain, Context, Param, Slot, Transform
+from .blocks import Runs, narrow_slots, runs_of
 from .layers import Layer
 
 # Salts keep apart the numbers that one element uses for different purposes in one step.
@@ -35,6 +36,8 @@ class Bound:
     inner: tuple[Bound, ...] = ()
     salt: int = SALT_RULE  # of its random numbers
     outer: tuple[Transform, ...] = ()  # the rules that drive it, outermost first
+    blocks: Runs | None = None  # of unit "block": how the parameter falls into blocks,
+    narrow: frozenset[str] = frozenset()  # and the state keys that hold one value for each
 
     def state_keys(self) -> Iterator[str]:
         """State keys of the link and its inner rules."""
@@ -88,6 +91,8 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
             raise ValueError(f"{path}: {link!r} owns its step (owns_step), so no other rule can drive it")
         if link.unit == "element" and top:
             _check_element(link, p)
+        if link.unit == "block":
+            _check_block(link, path, top)
         slots: dict[str, str] = {}
         shared: dict[str, str] = {}
         follows = layer is not None and layer_rule and not layer.leads
@@ -102,7 +107,10 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
             for index, (rule, part) in enumerate(zip(link.inner, link.parts(p), strict=True))
         )
         salt = SALT_RULE + zlib.crc32(prefix.encode()) % (1 << 20) * 101
-        return Bound(link, prefix, p, slots, shared, inner, salt, outer)
+        if link.unit != "block":
+            return Bound(link, prefix, p, slots, shared, inner, salt, outer)
+        narrow = frozenset(slots[name] for name in narrow_slots(link, p, link.slots(p)))
+        return Bound(link, prefix, p, slots, shared, inner, salt, outer, runs_of(link, p), narrow)
 
     bound = tuple(
         visit(link, f"{index}.{type(link).__name__}", f"{index}.", q, (), link.unit == "layer")
@@ -120,6 +128,18 @@ def _check_element(link: Transform, p: Param) -> None:
                 f"parameter, so its state must have the parameter's shape {tuple(p.shape)}; make the rule's unit 'tensor', or "
                 "the slot shared"
             )
+
+
+def _check_block(link: Transform, path: str, top: bool) -> None:
+    """A rule that sees blocks is run over tiles of them, by itself."""
+    if not top:
+        raise ValueError(f"{path}: {link!r} sees blocks of a parameter (unit 'block'), so no other rule can drive it")
+    kind = type(link)
+    refreshes = link.every > 0 or kind.due is not Transform.due or kind.refresh is not Transform.refresh
+    listens = kind.written is not Transform.written
+    for has, what in ((link.inner, "inner rules"), (refreshes, "refresh()"), (listens, "written()")):
+        if has:
+            raise ValueError(f"{link!r}: a rule of unit 'block' has no {what}; make its unit 'tensor'")
 
 
 class StateView(MutableMapping[str, Tensor]):

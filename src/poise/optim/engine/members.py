@@ -14,8 +14,9 @@ from torch import Tensor
 from poise.memory import rounding
 from poise.memory.codec import Codec
 
-from ..transform import Chain, Param
+from ..transform import Chain, Param, Transform
 from . import shards
+from .blocks import Layout, layout
 from .layers import Layer
 from .links import SALT_STATE, SALT_WEIGHTS, Bound, bind
 from .storage import Store, codec_for
@@ -96,19 +97,28 @@ class Member:
         self.partner: Member | None = None
         self.bound, slots = bind(rule.links, spec, layer)
         self.shared = {key: slot for key, slot in slots.items() if slot.shared}
+        self.layouts: dict[str, Layout] = {}  # of block links, by their prefix
+        narrow: dict[str, Layout] = {}
+        for b in self.bound:
+            if b.blocks is not None:
+                found = self.layouts[b.prefix] = layout(tensor, spec, b.blocks, [slots[key] for key in b.narrow])
+                narrow |= dict.fromkeys(b.narrow, found)
         self.dims: dict[str, tuple[int | None, ...]] = {}
         self.stores: dict[str, Store] = {}
         for key, slot in slots.items():
             if slot.shared:
                 continue
             dims = slot.dims
-            if dims is None:
+            if key in narrow:
+                dims = (0 if narrow[key].follows else None, *[None] * len(slot.shape))[: len(slot.shape)]
+            elif dims is None:
                 dims = tuple(range(len(slot.shape))) if tuple(slot.shape) == tuple(spec.shape) else (None,) * len(slot.shape)
             box, _ = shards.box(tensor)
             shape = tuple(s if d is None else box[d] for s, d in zip(slot.shape, dims, strict=True))
             dtype = self.format.compute if slot.dtype == torch.float32 else slot.dtype
             self.dims[key] = dims
-            self.stores[key] = Store(key, slot, shape, dtype, codec_for(slot, spec, tensor, codec))
+            kept = None if key in narrow else codec_for(slot, spec, tensor, codec)
+            self.stores[key] = Store(key, slot, shape, dtype, kept)
         self.state: dict[str, Tensor] = {}
 
     def create(self) -> dict[str, Tensor]:
@@ -151,10 +161,10 @@ class Member:
             return None
         return rounding.int32(self.runs[0][2]) if self.runs else 0
 
-    @cached_property
-    def groups(self) -> tuple[Any, ...]:
-        """Process groups over which its measured sums are added."""
-        return shards.groups(self.tensor)
+    def groups(self, link: Transform) -> tuple[Any, ...]:
+        """Process groups over which what a link measured of it is added up."""
+        gathered = any(b.link is link and b.prefix in self.layouts and self.layouts[b.prefix].gathers for b in self.bound)
+        return () if gathered else shards.groups(self.tensor)
 
     @property
     def rank_shape(self) -> tuple[int, ...]:
@@ -175,9 +185,15 @@ class Member:
 
     def signature(self) -> tuple[Any, ...]:
         """Members with equal signatures run through the same kernels."""
-        tiled = [key for b in self.bound if b.link.unit == "element" for key in b.state_keys()]
+        tiled = [key for b in self.bound if b.link.unit in ("element", "block") for key in b.state_keys()]
         stores = tuple((key, self.stores[key].slot.kind, self.stores[key].dtype, self.stores[key].codec) for key in tiled)
-        return (self.format, self.device, stores)
+        blocks = tuple((prefix, found.ones, self.tiled(prefix)) for prefix, found in self.layouts.items())
+        return (self.format, self.device, stores, blocks, tuple(b.narrow for b in self.bound if b.blocks is not None))
+
+    def tiled(self, prefix: str) -> bool:
+        """Whether a block link's stretch can be run over this parameter where it is, tile by tile."""
+        codecs = {store.codec.block for store in self.stores.values() if store.codec is not None}
+        return self.layouts[prefix].suits(sorted(codecs - {1}))
 
 
 def check_matrix(p: Param) -> None:

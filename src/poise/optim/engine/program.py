@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Program:
-    """A run of "element" links as a pure function of flat tensors.
+    """A run of "element" links as a pure function of flat tensors, or of (blocks, elements) if there are "block" links in it.
 
     Inputs, by name: "g" the raw gradient, "u" the incoming update (absent where the chain begins), "x" the weights, every state
     key, "row" the scalars, "noise" (key, global index of the first element). Results: the state keys it assigned, and "u", or,
@@ -32,6 +32,16 @@ class Program:
     measures: bool = False  # phase one: results are sums, one (1,) float64 tensor per measured name
     feeds: tuple[str, ...] = ()
     listeners: tuple[Bound, ...] = ()  # links of the whole chain that want to be told what rounding kept (only where it ends)
+
+    @property
+    def blocked(self) -> Bound | None:
+        """The first of its links that sees blocks: then all of them do, and one value for each block is (blocks, 1)."""
+        return next((bound for bound in self.bound if bound.blocks is not None), None)
+
+    @property
+    def narrow(self) -> frozenset[str]:
+        """State keys with one value for each block."""
+        return frozenset(key for bound in self.bound for key in bound.narrow)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -53,7 +63,11 @@ class Program:
         noise, x = tensors["noise"], tensors["x"]
 
         def bits(salt: int) -> Tensor:
-            where = torch.arange(x.shape[0], dtype=torch.int32, device=x.device) + noise[1] if index is None else index
+            if index is None:
+                size = x.shape[0] if x.ndim == 1 else x.shape[0] * x.shape[1]
+                where = (torch.arange(size, dtype=torch.int32, device=x.device) + noise[1]).reshape(x.shape)
+            else:
+                where = index
             return noise_bits(noise[0] + salt, where)
 
         states = {key: tensors[key] for key in self.keys}
@@ -105,8 +119,10 @@ class Program:
         return tuple(self(self.example()))
 
     def example(self) -> dict[str, Tensor]:
-        """Inputs of two elements."""
-        tensors = {name: torch.ones(2) for name in ("g", "u", "x", *self.keys, *(f"feed:{f}" for f in self.feeds))}
+        """Inputs of two elements, or of two blocks of three."""
+        full, narrow = _few(self.blocked), self.narrow
+        names = ("g", "u", "x", *self.keys, *(f"feed:{f}" for f in self.feeds))
+        tensors = {name: torch.ones((2, 1) if name in narrow else full) for name in names}
         return tensors | {"row": torch.ones(len(self.names)), "noise": torch.zeros(2, dtype=torch.int32)}
 
 
@@ -130,10 +146,10 @@ class _Watched(Mapping[str, Any]):
 
 
 def reads_own(bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Row, total: Row) -> bool:
-    """Whether a link's update uses `k.own`, found by running it once on two elements."""
+    """Whether a link's update uses `k.own`, found by running it once on a few elements."""
     own = _Watched({name: torch.ones(()) for name in names})
     env = _trial(bound, feeds, row, total, own)
-    call_update(bound, torch.ones(2), env)
+    call_update(bound, torch.ones_like(env.grad), env)
     return own.seen
 
 
@@ -143,17 +159,23 @@ def reads_loss(bound: Bound, names: Sequence[str], feeds: Sequence[str], row: Ro
     def spoiled(loss: float) -> bool:
         env = _trial(bound, feeds, row, total, {name: torch.ones(()) for name in names})
         env.known = {"loss": torch.tensor(loss)}
-        results = [call_update(bound, torch.ones(2), env), *(env.states[key] for key in env.written)]
+        results = [call_update(bound, torch.ones_like(env.grad), env), *(env.states[key] for key in env.written)]
         return any(bool(t.isnan().any()) for t in results)
 
     return not spoiled(1.0) and spoiled(float("nan"))
 
 
 def _trial(bound: Bound, feeds: Sequence[str], row: Row, total: Row, own: Row) -> Env:
-    """Two elements to run a link on, wherever the totals are: what is asked does not depend on their values."""
+    """A few elements to run a link on, wherever the totals are: what is asked does not depend on their values."""
     total = {name: torch.ones_like(v, device="cpu") if isinstance(v, Tensor) else v for name, v in total.items()}
-    states = {key: torch.ones(2) for key in Program((bound,), True, False, ()).keys}
-    fed = {name: torch.ones(2) for name in feeds}
-    env = Env(torch.ones(2), torch.ones(2), states, row, totals={bound.prefix: total}, own={bound.prefix: own}, feeds=fed)
-    env.bits = lambda salt: torch.zeros(2, dtype=torch.int32)
+    example = Program((bound,), True, False, (), feeds=tuple(feeds)).example()
+    states = {key: example[key] for key in bound.state_keys()}
+    fed = {name: example[f"feed:{name}"] for name in feeds}
+    env = Env(example["g"], example["x"], states, row, totals={bound.prefix: total}, own={bound.prefix: own}, feeds=fed)
+    env.bits = lambda salt: torch.zeros(env.x.shape, dtype=torch.int32)
     return env
+
+
+def _few(blocked: Bound | None) -> tuple[int, ...]:
+    """The shape of an example."""
+    return (2,) if blocked is None else (2, 3)

@@ -54,8 +54,16 @@ def runs(p: Tensor) -> list[tuple[int, int, int]]:
 def index(p: Tensor) -> Tensor:
     """Global index (mod 2^32, int32) of every local element, in local order."""
     pieces = [torch.arange(start, start + length, dtype=torch.int64) for _, length, start in runs(p)]
-    flat = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
-    return (flat & 0xFFFFFFFF).to(torch.uint32).view(torch.int32).to(local(p).device)
+    return _wrapped(torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)).to(local(p).device)
+
+
+def numbered(size: int, device: torch.device) -> Tensor:
+    """The same for a tensor of this size that is whole here."""
+    return _wrapped(torch.arange(size, dtype=torch.int64)).to(device)
+
+
+def _wrapped(flat: Tensor) -> Tensor:
+    return (flat & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
 
 
 def like(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | None]) -> Tensor:

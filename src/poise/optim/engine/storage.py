@@ -26,7 +26,7 @@ SHORTEST_ROW = 32
 
 
 def codec_for(slot: Slot, p: Param, tensor: Tensor, wanted: Codec | None) -> Codec | None:
-    """The codec that a slot is kept with; None keeps it plain.
+    """The codec that a slot is kept with; None keeps it plain. (One value for each block of a parameter is always plain.)
 
     A sharded slot is encoded only where its shards encode as the whole does: cut along the first dimension, or, with a single
     dimension, between blocks.

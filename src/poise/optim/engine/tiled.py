@@ -17,7 +17,7 @@ from torch import Tensor
 from poise.memory.codec import Codec
 from poise.memory.rounding import noise_bits
 
-from . import kernels, tiles
+from . import inductor, kernels, tiles
 from .members import LOW, SALT_WEIGHTS, Member, WeightFormat, noise_keys, state_draw
 from .program import Program
 from .tiles import Operand
@@ -35,6 +35,10 @@ class Tiled:
         self.blocked = {key: c for key, store in self.stores.items() if (c := store.codec) is not None and c.block > 1}
         self.inline = {key: c for key, store in self.stores.items() if (c := store.codec) is not None and c.block == 1}
         self.written = program.results()
+        layout = like.layouts[program.blocked.prefix] if program.blocked is not None else None
+        # tensors as the rule sees them; where each block is one element, tiles are cut as for any element
+        self.blocks = layout is not None and not layout.ones
+        self.shape = (None,) if layout is None else (None, 1) if layout.ones else (None, inductor.LENGTH)
         self.launches: dict[tuple[int, ...], tiles.Launch] = {}
         self.columns = {name: i for i, name in enumerate(("g", "u", "x", "row"))}
         self.grad_dtype = like.tensor.dtype
@@ -61,10 +65,17 @@ class Tiled:
 
     def _value(self, name: str) -> Operand:
         """Where a value in the computing dtype is: in the scratch if it was brought there, else in its tensor."""
+        if self.blocks and name in self.program.narrow:
+            return self._column(name, self._dtype(name), tiles.OWN)
         if name in self.scratch:
             size = self._dtype(name).itemsize
             return Operand("scratch", self.scratch[name], 1, size, size)
         return self._column(name, self._dtype(name))
+
+    def _arg(self, name: str, dtype: torch.dtype, written: bool = False) -> kernels.Arg:
+        """A tensor of the rule's kernel, in the shape that the rule sees."""
+        narrow = name in self.program.narrow
+        return kernels.Arg(name, dtype, (None, 1) if narrow else self.shape, written)
 
     def _dtype(self, name: str) -> torch.dtype:
         """Of a value as the rule's kernel reads it."""
@@ -141,15 +152,16 @@ class Tiled:
         told = program.told if rounds else None
         if told is not None and fmt.dtype == torch.float16:  # a compiler takes a cast there and back for nothing at all
             raise kernels.Unsupported("what rounding keeps from float16 weights")
-        written = {*self.written, *(told(program.example() | {"error": torch.ones(2)}) if told is not None else ())}
-        args, operands = [kernels.Arg("g", self.grad_dtype)], [self._column("g", self.grad_dtype)]
-        args.append(kernels.Arg("x", fmt.dtype, written="x" in written))
+        example = program.example()
+        written = {*self.written, *(told(example | {"error": example["x"]}) if told is not None else ())}
+        args, operands = [self._arg("g", self.grad_dtype)], [self._column("g", self.grad_dtype)]
+        args.append(self._arg("x", fmt.dtype, "x" in written))
         operands.append(self._column("x", fmt.dtype))
         if fmt.mode == "split":
-            args.append(kernels.Arg(LOW, torch.int16, written="x" in written))
+            args.append(self._arg(LOW, torch.int16, "x" in written))
             operands.append(self._column(LOW, torch.int16))
         names = [*([] if program.begins and "u" not in written else ["u"]), *self.keys, *(f"feed:{f}" for f in program.feeds)]
-        args += [kernels.Arg(name, self._dtype(name), written=name in written) for name in names]
+        args += [self._arg(name, self._dtype(name), name in written) for name in names]
         operands += [self._value(name) for name in names]
         args += [kernels.Arg("row", compute, (max(len(program.names), 1),)), NOISE]
         operands += [Operand("column", self.columns["row"], 0, 0, 1), Operand("noise", block=0)]
@@ -169,7 +181,7 @@ class Tiled:
                     results |= told(seen | results | {"x": now, "error": wanted - now})
             return results | {key: self._write(key, results[key], t["noise"]) for key in self.inline if key in results}
 
-        self._add(fn, args, operands)
+        self._add(fn, args, operands, 0 if self.blocks else 1)
         return written
 
     def _read(self, key: str, stored: Tensor) -> Tensor:
@@ -197,8 +209,10 @@ class Tiled:
             lengths = [m.local.numel() for m in members]
             rows = [self._row(m) if encoded else n for m, n in zip(members, lengths, strict=True)]
             partial = 8 * len(self.sums)
+            prefix = self.program.blocked.prefix if self.blocks and self.program.blocked is not None else None
+            blocks = None if prefix is None else [m.layouts[prefix].runs for m in members]
             launch = tiles.Launch(
-                self.steps, len(self.columns), lengths, rows, [m.runs for m in members], len(self.scratch), partial
+                self.steps, len(self.columns), lengths, rows, [m.runs for m in members], len(self.scratch), partial, blocks
             )
             for name, column in self.columns.items():
                 if name not in ("g", "u", "x", "row") and not name.startswith("feed:"):

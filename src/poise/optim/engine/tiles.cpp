@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -15,7 +16,7 @@
 
 namespace {
 
-using Run = void (*)(char**, int64_t);
+using Run = void (*)(char**, int64_t, int64_t);
 
 enum Source : int64_t { COLUMN = 0, SCRATCH = 1, NOISE = 2, PARTIAL = 3 };
 
@@ -23,7 +24,7 @@ enum Source : int64_t { COLUMN = 0, SCRATCH = 1, NOISE = 2, PARTIAL = 3 };
 struct Arg {
   int64_t source;   // Source
   int64_t index;    // column of the pointer table, number of the scratch, or byte offset within a tile's partial results
-  int64_t block;    // elements per block (1: elementwise; 0: does not move with the tile)
+  int64_t block;    // elements per block (1: elementwise; 0: does not move with the tile; -1: the tile's own blocks)
   int64_t bytes;    // bytes stored per block
   int64_t entry;    // bytes of one stored entry
   int64_t entries;  // stored per block
@@ -31,7 +32,7 @@ struct Arg {
 
 struct Op {
   Run run;
-  int64_t block;    // the kernel counts in blocks of this many elements
+  int64_t block;    // the kernel counts in blocks of this many elements (0: in the tile's own blocks)
   int64_t first;    // its arguments in the list of all arguments
   int64_t count;
   int64_t units;    // blocks of a full strip
@@ -39,6 +40,7 @@ struct Op {
 
 struct Tile {
   int64_t tensor, offset, length, index;  // index: global element index of its first element
+  int64_t block, first;                   // elements of each of its own blocks, and the first one's number in the tensor
 };
 
 // Bytes that `elements` of a row take: the last block stores at most as many entries as it has elements.
@@ -54,13 +56,14 @@ struct Place {
 };
 
 struct Own {  // of a thread
-  std::vector<char> memory;
+  std::unique_ptr<char[]> memory;  // not touched before it is used: most of the room is not
+  int64_t held = 0;
   std::vector<Place> places;
   std::vector<char*> pointers;
   char* scratch = nullptr;
   void reserve(int64_t bytes, int64_t arguments) {
-    if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
-    scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    if (held < bytes + 64) memory.reset(), memory.reset(new char[bytes + 64]), held = bytes + 64;
+    scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
     if (static_cast<int64_t>(places.size()) < arguments) places.resize(arguments), pointers.resize(arguments);
   }
 };
@@ -107,6 +110,8 @@ extern "C" void poise_launch(const Op* ops, int64_t op_count, const Arg* args, i
         } else if (arg.block > 1) {
           place.base += tile.offset / row * stored(arg, row) + tile.offset % row / arg.block * arg.bytes;
           place.step = strip / arg.block * arg.bytes;
+        } else if (arg.block < 0) {  // tiles of own blocks are one strip
+          place.base += tile.first * arg.bytes;
         }
       }
     }
@@ -121,14 +126,15 @@ extern "C" void poise_launch(const Op* ops, int64_t op_count, const Arg* args, i
         const Place* const place = own.places.data() + op.first;
         char** const pointers = own.pointers.data() + op.first;
         for (int64_t a = 0; a < op.count; ++a) pointers[a] = place[a].base + number * place[a].step;
-        const int64_t units = length == strip ? op.units : (length + op.block - 1) / op.block;
-        if (units * op.block == length) {
-          op.run(pointers, units);
+        const int64_t block = op.block > 0 ? op.block : tile.block;
+        const int64_t units = length == strip ? op.units : (length + block - 1) / block;
+        if (units * block == length) {
+          op.run(pointers, units, block);
           continue;
         }
         for (int64_t a = 0; a < op.count; ++a) {  // the last block is short: work on padded copies of it
           if (arg[a].source == SCRATCH) {
-            std::memset(pointers[a] + length * arg[a].bytes, 0, (units * op.block - length) * arg[a].bytes);
+            std::memset(pointers[a] + length * arg[a].bytes, 0, (units * block - length) * arg[a].bytes);
           } else if (arg[a].source == COLUMN && arg[a].block > 1) {
             char* const padded = stage + a * stage_bytes;
             std::memset(padded, 0, units * arg[a].bytes);
@@ -136,7 +142,7 @@ extern "C" void poise_launch(const Op* ops, int64_t op_count, const Arg* args, i
             pointers[a] = padded;
           }
         }
-        op.run(pointers, units);
+        op.run(pointers, units, block);
         for (int64_t a = 0; a < op.count; ++a) {
           if (arg[a].source == COLUMN && arg[a].block > 1) {
             std::memcpy(place[a].base + number * place[a].step, pointers[a], stored(arg[a], length));

@@ -24,6 +24,8 @@ from . import kernels
 TILE = 65536
 TILE_OF_STRIPS = 32768
 STRIP = 2048
+# Where a rule sees blocks, a tile is a strip of whole ones, at least one: what is read twice should stay in the second cache.
+TILE_OF_BLOCKS = 8192
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,21 @@ class Operand:
 
     source: Literal["column", "scratch", "noise", "partial"]
     index: int = 0
-    block: int = 1  # elements per block; 0: the argument is the same for all tiles of a tensor
+    block: int = 1  # elements per block; 0: the argument is the same for all tiles of a tensor; OWN
     bytes: int = 4  # stored per block
     entry: int = 4  # bytes of one stored entry
 
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel and its operands; `block` elements are one unit of its dynamic size."""
+    """One kernel and its operands; `block` elements are one unit of its dynamic size (0: one of the tile's own blocks)."""
 
     kernel: kernels.Kernel
     operands: tuple[Operand, ...]
     block: int = 1
 
 
+OWN = -1  # an operand with one entry for each of the tile's own blocks
 SOURCES = {"column": 0, "scratch": 1, "noise": 2, "partial": 3}
 
 
@@ -58,6 +61,7 @@ class Launch:
         lengths, rows: per tensor, its elements and the elements of one row (encoded state does not cross rows).
         runs: per tensor, pieces (offset, length, global index) contiguous in the whole tensor; a tile never crosses one.
         scratch: number of scratch arrays. partial: bytes of partial results per tile.
+        blocks: per tensor, the runs (count, elements) of the blocks that a rule sees; a tile holds whole ones.
         block: largest block of any step: tiles begin at multiples of it within a row.
     """
 
@@ -70,13 +74,13 @@ class Launch:
         runs: Sequence[Sequence[tuple[int, int, int]]],
         scratch: int = 0,
         partial: int = 0,
+        blocks: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
-        self.block = max([step.block for step in steps], default=1)
+        self.block = max([step.block for step in steps], default=1) or 1
         # results of a tile are summed over all of it, so such a tile is a strip
         whole = not scratch or partial > 0
         self.strip = -(-(TILE if not scratch else STRIP) // self.block) * self.block
         size = self.strip if whole else -(-TILE_OF_STRIPS // self.strip) * self.strip
-        self.scratch, self.scratch_bytes = scratch, (self.strip + self.block) * 8
         self.table = np.zeros((len(lengths), columns), dtype=np.int64)
         self.keys = np.zeros(len(lengths), dtype=np.int32)  # of each tensor's noise in this step
         self.held: list[tuple[dict[str, torch.Tensor], str, torch.Tensor]] = []  # the state tensors whose addresses it has
@@ -85,8 +89,14 @@ class Launch:
         pieces: list[np.ndarray] = []
         for tensor, row in enumerate(rows):
             for offset, length, index in runs[tensor]:
-                pieces.append(_cut(tensor, offset, length, index, row if row % self.block else 0, size))
-        self.tiles = np.ascontiguousarray(np.concatenate(pieces)) if pieces else np.zeros((0, 4), np.int64)
+                if blocks is None:
+                    pieces.append(_cut(tensor, offset, length, index, row if row % self.block else 0, size))
+                else:
+                    pieces += _cut_blocks(tensor, offset, index, blocks[tensor], row % self.block > 0)
+        self.tiles = np.ascontiguousarray(np.concatenate(pieces)) if pieces else np.zeros((0, 6), np.int64)
+        if blocks is not None:  # each of its tiles is one strip, so strips are longer than any of them
+            self.strip = (int(self.tiles[:, 2].max(initial=0)) // self.block + 1) * self.block
+        self.scratch, self.scratch_bytes = scratch, (self.strip + self.block) * 8
         self.partial = np.zeros((len(self.tiles), max(partial, 1)), dtype=np.uint8)
         self.partial_bytes = partial
         flat = [operand for step in steps for operand in step.operands]
@@ -95,7 +105,7 @@ class Launch:
         )
         first, ops = 0, []
         for step in steps:
-            ops.append([step.kernel.address, step.block, first, len(step.operands), self.strip // step.block])
+            ops.append([step.kernel.address, step.block, first, len(step.operands), self.strip // max(step.block, 1)])
             first += len(step.operands)
         self.ops = np.array(ops, dtype=np.int64)
 
@@ -120,9 +130,26 @@ def _cut(tensor: int, offset: int, length: int, index: int, row: int, size: int)
     else:
         starts = np.arange(0, length, size, dtype=np.int64)
         ends = np.minimum(starts + size, length)
-    tiles = np.empty((len(starts), 4), dtype=np.int64)
+    tiles = np.zeros((len(starts), 6), dtype=np.int64)
     tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3] = tensor, offset + starts, ends - starts, index + starts
     return tiles
+
+
+def _cut_blocks(tensor: int, offset: int, index: int, runs: Sequence[tuple[int, int]], alone: bool) -> list[np.ndarray]:
+    """Tiles of whole blocks; with `alone` of one each, as rows that no block of the state's formats divides are worked on."""
+    pieces: list[np.ndarray] = []
+    first = 0
+    for count, length in runs:
+        together = 1 if alone else max(TILE_OF_BLOCKS // length, 1)
+        starts = np.arange(0, count, together, dtype=np.int64)
+        tiles = np.empty((len(starts), 6), dtype=np.int64)
+        tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3], tiles[:, 4], tiles[:, 5] = (
+            tensor, offset + starts * length, np.minimum(count - starts, together) * length, index + starts * length, length,
+            first + starts,
+        )  # fmt: skip
+        pieces.append(tiles)
+        first, offset, index = first + count, offset + count * length, index + count * length
+    return pieces
 
 
 @cache

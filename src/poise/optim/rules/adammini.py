@@ -14,7 +14,7 @@ from ..options import Options
 from ..routing import Params
 from ..transform import Context, Param, Slot, State
 from ..transforms.adaptive import adam
-from ..transforms.blocks import Partition, Spec, gathered, matches, output_dim, outputs, row_squares, spread, totals
+from ..transforms.blocks import Partition, Spec, in_elements, matches, totals
 from ..transforms.step import Decay
 
 
@@ -29,7 +29,7 @@ class blockwise_adam(adam):
         betas: `(b1, b2)`, each in [0, 1). eps: added to the root after bias correction.
     """
 
-    unit = "tensor"
+    unit = "block"
 
     def __init__(
         self, partition: Partition | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
@@ -41,20 +41,16 @@ class blockwise_adam(adam):
         runs = self.partition(p)
         if runs is None:
             return super().slots(p)
-        follows = output_dim(p) if totals(runs) == outputs(p) else None  # rows are cut as shards are, longer blocks may not be
-        if p.role == "experts":
-            v = Slot((p.shape[0], totals(runs)), kind="nonneg", dims=(0, follows))
-        else:
-            v = Slot((totals(runs),), kind="nonneg", dims=(follows if p.shape else None,))
-        return {"exp_avg": Slot(tuple(p.shape)), "exp_avg_sq": v}
+        experts = tuple(p.shape[:-2]) if p.role == "experts" else ()
+        return {"exp_avg": Slot(tuple(p.shape)), "exp_avg_sq": Slot((*experts, totals(runs)), kind="nonneg")}
+
+    def blocks(self, p: Param) -> tuple[tuple[int, int], ...] | None:
+        return in_elements(self.partition(p), p)
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        runs = self.partition(k.param)
-        if runs is None:
-            return super().update(u, state, x, k)
-        m = state["exp_avg"] = state["exp_avg"].lerp(u, k.c1)
-        v = state["exp_avg_sq"] = k.b2 * state["exp_avg_sq"] + k.c2 * gathered(row_squares(u, k.param), runs)
-        return m * spread(k.debias1 / (v.sqrt() * k.debias2 + k.eps), runs, k.param)
+        m = state["exp_avg"] = k.b1 * state["exp_avg"] + k.c1 * u
+        v = state["exp_avg_sq"] = k.b2 * state["exp_avg_sq"] + k.c2 * (u * u).mean(1, keepdim=True)
+        return k.debias1 * m / (v.sqrt() * k.debias2 + k.eps)
 
 
 @method(
@@ -66,7 +62,7 @@ class blockwise_adam(adam):
         "weight_decay": log_uniform(1e-3, 1.0),
         "betas": choice((0.9, 0.95), (0.9, 0.99), (0.9, 0.999)),
     },
-    mutant=("gathered(row_squares(u, k.param), runs)", "gathered(row_squares(u, k.param).sqrt(), runs).square()"),
+    mutant=("(u * u).mean(1, keepdim=True)", "u.abs().mean(1, keepdim=True).square()"),
 )
 class AdamMini(Optimizer):
     """Adam with one second moment for each block of a parameter: half of AdamW's state.

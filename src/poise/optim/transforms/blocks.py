@@ -6,14 +6,12 @@ Blocks follow the outputs: a block is some neighbouring rows of the weight as (o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
-
-import torch
-from torch import Tensor
 
 from ..transform import Param
 
@@ -123,42 +121,14 @@ def outputs(p: Param) -> int:
     return p.matrix[0] if len(p.shape) > 1 else p.shape.numel()
 
 
-def output_dim(p: Param) -> int:
-    """The dimension that counts outputs."""
-    return (1 if p.role == "experts" else 0) + p.inputs_first
-
-
-def row_squares(u: Tensor, p: Param) -> Tensor:
-    """The mean square of each row: (rows,), of stacked experts (experts, rows)."""
-    kept = {output_dim(p), *((0,) if p.role == "experts" else ())}
-    rest = tuple(d for d in range(u.ndim) if d not in kept)
-    if not rest:
-        return (u * u).reshape(-1)
-    columns = max(p.matrix[1], 1)
-    sums = torch.linalg.vector_norm(u, dim=rest).square()
-    return sums / columns
-
-
-def gathered(rows: Tensor, runs: Runs) -> Tensor:
-    """Means of rows over each block: (..., rows) to (..., blocks)."""
-    parts = rows.split([count * size for count, size in runs], dim=-1)
-    means = [
-        part if size == 1 else part.reshape(*part.shape[:-1], count, size).sum(-1) / max(size, 1)
-        for part, (count, size) in zip(parts, runs, strict=True)
-    ]
-    return means[0] if len(means) == 1 else torch.cat(means, dim=-1)
-
-
-def spread(blocks: Tensor, runs: Runs, p: Param) -> Tensor:
-    """A number for each block, where it belongs: to be multiplied with the parameter."""
-    parts = blocks.split([count for count, _ in runs], dim=-1)
-    rows = [part.repeat_interleave(size, dim=-1) for part, (_, size) in zip(parts, runs, strict=True)]
-    shape = [1] * len(p.shape)
-    if p.shape:
-        shape[output_dim(p)] = outputs(p)
-    if p.role == "experts":
-        shape[0] = p.shape[0]
-    return torch.cat(rows, dim=-1).reshape(shape)
+def in_elements(runs: Runs | None, p: Param) -> Runs | None:
+    """Runs of rows as runs of elements, as `Transform.blocks` wants them; stacked experts one after another."""
+    if runs is None:
+        return None
+    experts = math.prod(p.shape[:-2]) if p.role == "experts" else 1
+    columns = p.shape.numel() // max(experts * outputs(p), 1)
+    found = tuple((count, size * columns) for count, size in runs)
+    return ((experts * found[0][0], found[0][1]),) if len(found) == 1 else found * experts
 
 
 def totals(runs: Sequence[tuple[int, int]]) -> int:
@@ -166,4 +136,4 @@ def totals(runs: Sequence[tuple[int, int]]) -> int:
     return sum(count for count, _ in runs)
 
 
-__all__ = ["Partition", "Runs", "Spec", "gathered", "matches", "output_dim", "outputs", "row_squares", "spread", "totals"]
+__all__ = ["Partition", "Runs", "Spec", "in_elements", "matches", "outputs", "totals"]

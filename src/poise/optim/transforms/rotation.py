@@ -89,7 +89,7 @@ class rotated(Transform):
         self.max_precond_dim, self.form, self.block_size, self.sides = max_precond_dim, form, block_size, sides
         self.defaults = {"shampoo_beta": shampoo_beta}
 
-    def blocks(self, p: Param) -> tuple[int, int]:
+    def block_sizes(self, p: Param) -> tuple[int, int]:
         """The block sizes of L and R; 0 for a side without a factor."""
         rows, columns = p.matrix
         rotates = {"both": (True, True), "left": (True, False), "right": (False, True)}[self.sides]
@@ -105,7 +105,7 @@ class rotated(Transform):
         return left, right
 
     def slots(self, p: Param) -> dict[str, Slot]:
-        left, right = self.blocks(p)
+        left, right = self.block_sizes(p)
         experts = tuple(p.shape[:-2]) if p.role == "experts" else ()
         dtype = torch.bfloat16 if self.form == "compact" else torch.float32
         made: dict[str, Slot] = {}
