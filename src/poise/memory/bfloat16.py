@@ -44,14 +44,14 @@ class BFloat16(Codec):
         return {"values": Part(torch.bfloat16, 1)}
 
     def encode(self, x: Tensor, kind: Kind, bits: Tensor | None = None) -> dict[str, Tensor]:
-        """float32 (n,) -> {"values": bfloat16 (n,)}."""
+        """float32 -> {"values": bfloat16}, entry by entry."""
         check_kind(kind)
         if kind == "upper":
             return {"values": upward_bf16(x)}
         return {"values": x.to(torch.bfloat16) if bits is None else stochastic_bf16(x, bits)}
 
     def decode(self, parts: Mapping[str, Tensor], kind: Kind) -> Tensor:
-        """{"values": bfloat16 (n,)} -> float32 (n,)."""
+        """{"values": bfloat16} -> float32."""
         check_kind(kind)
         return parts["values"].to(torch.float32)
 

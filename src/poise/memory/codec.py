@@ -45,7 +45,7 @@ class Codec:
     """A state format. Frozen: compared by value, hashable, and picklable, so that it can name a compiled kernel.
 
     Args:
-        block: consecutive elements that share a scale; 1 for formats without one, which see 1-D tensors (n,).
+        block: consecutive elements that share a scale; 1 for formats without one, which see tensors of any shape.
         stochastic: whether `encode` wants `bits` (it has no use for them where the kind is "upper").
     """
 

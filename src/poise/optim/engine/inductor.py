@@ -76,6 +76,17 @@ def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], compile
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
+    blocked = any(LENGTH in arg.shape for arg in args)
+
+    class Lowering(GraphLowering):
+        """Works out what a rule has one of for each block before the loop over its elements, which else does so every time."""
+
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result: Any = super().run_node(n)
+            if blocked and n.op == "call_function" and _one_a_block(n) and not all(map(_one_a_block, n.users)):
+                result.realize()
+            return result
+
     try:
         graph = trace(fn, args, select_decomp_table())
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -88,7 +99,7 @@ def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], compile
             V.set_fake_mode(fake),
             V.set_debug_handler(DebugContext()),
         ):
-            lowered = GraphLowering(graph, example_inputs=inputs, shape_env=fake.shape_env, is_inference=True)
+            lowered = Lowering(graph, example_inputs=inputs, shape_env=fake.shape_env, is_inference=True)
             with V.set_graph_handler(lowered):
                 lowered.run(*inputs)
                 code = lowered.codegen()[0]
@@ -97,6 +108,11 @@ def source_of(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], compile
         raise
     except Exception as error:
         raise Unsupported(f"inductor could not lower it: {type(error).__name__}: {error}") from error
+
+
+def _one_a_block(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim == 2 and isinstance(value.shape[0], torch.SymInt) and value.shape[1] == 1
 
 
 def _wrap(code: str, args: Sequence[Arg]) -> str:
