@@ -25,7 +25,7 @@ TILE = 65536
 TILE_OF_STRIPS = 32768
 STRIP = 2048
 # Where a rule sees blocks, a tile is a strip of whole ones, at least one: what is read twice should stay in the second cache.
-TILE_OF_BLOCKS = 8192
+TILE_OF_BLOCKS = 16384
 
 
 @dataclass(frozen=True)
