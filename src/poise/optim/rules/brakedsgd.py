@@ -14,7 +14,7 @@ from ..options import Options
 from ..routing import Params
 from ..transform import Context, Param, Slot, State, Transform, chain
 from ..transforms.adaptive import check_eps
-from ..transforms.blocks import output_dim
+from ..transforms.blocks import in_elements, outputs
 from ..transforms.step import Decay
 
 Per = Literal["tensor", "model", "filter"]
@@ -89,13 +89,14 @@ class braked_momentum(_Velocity):
 class filter_braked_momentum(_Velocity):
     """`braked_momentum` with one cosine for each output, a filter or a row of a matrix; for a vector, with one in all."""
 
-    unit = "tensor"
+    unit = "block"
+
+    def blocks(self, p: Param) -> tuple[tuple[int, int], ...] | None:
+        return in_elements(((outputs(p), 1),) if len(p.shape) > 1 else ((1, outputs(p)),), p)
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        kept = {output_dim(k.param), *((0,) if k.param.role == "experts" else ())} if u.ndim > 1 else set[int]()
-        rest = tuple(d for d in range(u.ndim) if d not in kept)
         v = state["momentum_buffer"]
-        dot, new, old = ((a * b).sum(rest, keepdim=True) for a, b in ((u, v), (u, u), (v, v)))
+        dot, new, old = ((a * b).sum(1, keepdim=True) for a, b in ((u, v), (u, u), (v, v)))
         return self.taken_in(u, state, k, cosine(dot, new, old, k.eps))
 
 
