@@ -19,6 +19,14 @@ EXPRESS = [
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 ]
 EXPRESS_END = (1.875, -1.25, 0.375)
+# Dion (arXiv 2504.05295), of which Turbo-Muon takes the last four.
+DYN5 = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
 
 
 def polar(matrix: Tensor, method: str, steps: int | None) -> Tensor:
@@ -40,6 +48,9 @@ def polar(matrix: Tensor, method: str, steps: int | None) -> Tensor:
         safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EXPRESS]
         polynomials = [safe[i] if i < len(safe) else EXPRESS_END for i in range(steps or 5)]
         x = x / (1.01 * norm)
+    elif method == "turbo4":
+        polynomials = DYN5[-(steps or 4) :]
+        x = torch.stack([row / math.sqrt(sum(abs(float(row @ other)) for other in x)) for row in x])
     else:
         raise ValueError(method)
     for a, b, c in polynomials:
