@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import COLD, COLD_PER_FURTHER_KERNEL, WARM, Row
+from rows import COLD, COLD_PER_FURTHER_KERNEL, OF_PRODUCTS, WARM, Row
 
 # What the least traffic of a row is held against: fp32 AdamW reads and writes weights and two moments, and reads gradients.
 ADAMW_BYTES = 28.0
@@ -50,6 +50,9 @@ def result(row: Row, known: dict[str, Any]) -> dict[str, Any]:
     products = known.get("newton_schulz_ns_per_param")
     entry["ratio_to_newton_schulz_products"] = ns / products if products is not None and ns is not None else None
     entry["target_ratio"] = row.target
+    if row.of_traffic is not None and least is not None:
+        entry["target_ratio"] = row.of_traffic * least / ADAMW_BYTES
+    entry["iterations"] = row.iterations or None
     ours = row.library == "poise"
     kernels = entry["kernels"] or 1
     entry["target_first_step_cold_s"] = COLD + COLD_PER_FURTHER_KERNEL * (kernels - 1) if ours else None
@@ -65,7 +68,9 @@ def _notes(entry: dict[str, Any]) -> list[str]:
         q1, median, q3 = (entry[f"ratio_to_torch_muon{end}"] for end in ("_q1", "", "_q3"))
         notes.append(f"{median:.3g} [{q1:.3g}, {q3:.3g}] of torch's Muon")
     if entry["ratio_to_newton_schulz_products"] is not None:
-        notes.append(f"{entry['ratio_to_newton_schulz_products']:.2f} of the bare products of 5 Newton-Schulz iterations")
+        ratio = entry["ratio_to_newton_schulz_products"]
+        notes.append(f"{ratio:.2f} of the bare products of {entry['iterations']} Newton-Schulz iterations")
+        notes.append(f"<= {OF_PRODUCTS}{_met(ratio, OF_PRODUCTS)}")
     if (error := entry["orthogonality_error"]) is not None:
         notes.append(
             f"orthogonality error {error['relative']:.3f}, singular values {error['sigma_min']:.2f} to {error['sigma_max']:.2f}"
@@ -128,8 +133,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _target(value: float | None, target: float | None) -> str:
     if target is None:
         return ""
-    met = "" if value is None else " met" if value <= target else " MISSED"
-    return f"<= {target:g}{met}"
+    return f"<= {target:.3g}{_met(value, target)}"
+
+
+def _met(value: float | None, target: float) -> str:
+    return "" if value is None else " met" if value <= target else " MISSED"
 
 
 def _against(value: float | None, target: float | None) -> str:

@@ -31,6 +31,8 @@ class Row:
         params: a list of `lists.LISTS`.
         dtype: of parameters and gradients.
         target: of the ratio to torch's fused AdamW, where the project has set one.
+        of_traffic: target as a multiple of the time that the least traffic of its own would take at fused AdamW's bandwidth.
+        iterations: of Newton-Schulz in a step, for matrix rules; a step should take at most `OF_PRODUCTS` times their products.
         beside: further rows on the same list that take turns with this one in the same process.
         exact: the row whose weights this one's should follow: what its state format costs is measured against it.
         slow: not run to warm up: where the CPU has no bfloat16 hardware, one step takes about half a minute.
@@ -48,6 +50,8 @@ class Row:
     params: Literal["gpt", "hidden", "one of each", "300 small"] = "gpt"
     dtype: torch.dtype = torch.float32
     target: float | None = None
+    of_traffic: float | None = None
+    iterations: int = 0
     beside: tuple[str, ...] = ()
     exact: str | None = None
     slow: bool = False
@@ -84,11 +88,25 @@ def _bare(package: str) -> None:
     sys.modules[package] = module
 
 
+SETTINGS = ("state", "backend", "momentum", "form", "variant", "base", "per", "predictor", "method")
+
+
 def _poise(name: str, cls: str, **options: Any) -> Row:
-    settings = {key: options.pop(key) for key in ("state", "backend", "momentum", "form") if key in options}
+    settings = {key: options.pop(key) for key in SETTINGS if key in options}
     return Row(name, "poise", "poise.optim", cls, settings, **options)
 
 
+def _element(name: str, cls: str, of_traffic: float = 1.3, **options: Any) -> Row:
+    """A rule that treats every element alike, held against its own traffic; one that draws random numbers may take 2."""
+    return _poise(name, cls, of_traffic=of_traffic, **options)
+
+
+def _matrix(name: str, cls: str, iterations: int = 5, **options: Any) -> Row:
+    """A rule for matrices, on nothing but these."""
+    return _poise(name, cls, **{"params": "hidden", "iterations": iterations, **options})
+
+
+OF_PRODUCTS = 1.2
 MATRICES = {"use_muon": True}
 REFRESH = "mean of 10 steps, one of which refreshes"
 FUSED = Row("adamw", "torch", "torch.optim", "AdamW", {"fused": True}, note="null row: against itself")
@@ -107,11 +125,31 @@ ROWS: dict[str, Row] = {
         _poise("adamw-no-compiler", "AdamW", backend="chunks", target=4.0, note="what runs where there is no C++ compiler"),
         _poise("lion-no-compiler", "Lion", backend="chunks", target=4.0, note="what runs where there is no C++ compiler"),
         _poise("adamw-small", "AdamW", params="300 small", target=0.8),
-        _poise("muon", "Muon", params="hidden"),
+        _element("signum", "Signum"),
+        _element("stosignsgd", "StoSignSGD", 2.0, note="draws random numbers"),
+        _element("adam-mini", "AdamMini"),
+        _element("braked-sgd", "BrakedSGD"),
+        _element("braked-sgd-filter", "BrakedSGD", per="filter", note="a cosine for each row"),
+        _element("induced-metric", "InducedMetric"),
+        _element("induced-metric-rms", "InducedMetric", variant="rms"),
+        _element("adaptive-memory", "ExperimentalAdaptiveMemory"),
+        _element("adaptive-memory-adamw", "ExperimentalAdaptiveMemory", base="adamw"),
+        _element("opt-amsgrad", "OptAMSGrad"),
+        _element("opt-amsgrad-last", "OptAMSGrad", predictor="last", note="the last gradient is the prediction"),
+        _matrix("muon", "Muon"),
+        _matrix("turbo-muon", "TurboMuon", 4),
+        _matrix("namo", "NAMO"),
+        _matrix("namo-d", "NAMOD"),
+        _matrix("lanton", "LANTON", 10, note="orthogonalizes twice"),
+        _matrix("hybrid-auon", "HybridAuON"),
+        _matrix("trust-region", "TrustRegion"),
+        _matrix("lion-k", "LionK"),
+        _matrix("polargrad", "PolarGrad", 0, params="one of each", note="exact polar factors, by QDWH"),
+        _matrix("polargrad-express", "PolarGrad", method="polar_express"),
+        _matrix("auon", "AuON", 0, note="multiplies no matrices"),
         _poise("muon-one-of-each", "Muon", params="one of each", beside=("torch:muon",)),
         _poise("soap", "SOAP", params="one of each", period=10, note=REFRESH),
         _poise("soap-full", "SOAP", form="full", params="one of each", period=10, note=f"the published form; {REFRESH}"),
-        _poise("adam-mini", "AdamMini"),
         Row("sgd", "torch", "torch.optim", "SGD", {"momentum": 0.9, "fused": True}, note="fused, momentum 0.9"),
         Row("muon", "torch", "torch.optim", "Muon", params="one of each", slow=True),
         Row("adamw", "pytorch_optimizer", "pytorch_optimizer", "AdamW", note="torch's own AdamW class"),

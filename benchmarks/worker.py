@@ -126,9 +126,9 @@ def measure(contenders: list[Contender], rounds: int, budget: float, tell: Tell)
             if other.row.key == "torch:muon" and other is not one:
                 q1, median, q3 = ratio(taken[i], theirs)
                 tell(one.row.key, ratio_to_torch_muon=median, ratio_to_torch_muon_q1=q1, ratio_to_torch_muon_q3=q3)
-        if one.row.params == "hidden":
-            products = pairs.newton_schulz_products(lists.LISTS["hidden"], _matrix_dtype())
-            tell(one.row.key, newton_schulz_ns_per_param=products / lists.count("hidden") * 1e9)
+        if one.row.iterations:
+            products = pairs.newton_schulz_products(lists.LISTS[one.row.params], _matrix_dtype(), one.row.iterations)
+            tell(one.row.key, newton_schulz_ns_per_param=products / lists.count(one.row.params) * 1e9)
         if one.row.exact is not None:
             tell(one.row.key, trajectory_error=trajectory_error(one.row, ROWS[one.row.exact]))
 
