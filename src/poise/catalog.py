@@ -185,12 +185,12 @@ def resolve(name: str, packages: tuple[str, ...]) -> Any:
     """The class or function `name` out of the one module of `packages` whose file name says it: Lion -> lion.py.
 
     This is how `poise.optim.Lion` finds its file without importing Lion's neighbours. A name that no file name matches
-    is looked for in all of them.
+    is looked for in all of them, and so is one whose file has a class of that name only (Teleport, teleport).
     """
     wanted = name.lower()
     paths = [path for package in packages for path in modules(package)]
     named = [path for path in paths if path.rsplit(".", 1)[1].replace("_", "") == wanted]
-    for path in named or paths:
+    for path in [*named, *(path for path in paths if path not in named)]:
         found = getattr(importlib.import_module(path), name, None)
         if found is not None and getattr(found, "__module__", path) == path:
             return found

