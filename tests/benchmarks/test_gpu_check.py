@@ -37,12 +37,21 @@ ranks.scenarios = lambda device: {name: every(device)[name] for name in ("fsdp f
 """
 
 
+# A shell that runs the tests in the background has turned interrupts off for all that they start.
+LISTENING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def start(folder: Path, plugin: str, *options: str) -> tuple[subprocess.Popen[str], Path]:
     file, out = folder / "plugin.py", folder / "found.json"
     file.write_text(plugin)
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--plugin", str(file), "--out", str(out), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment), out
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", LISTENING, *command[1:]], env=environment, **pipes), out
 
 
 def check(folder: Path, plugin: str, *options: str) -> tuple[int, dict[str, Any], str]:
