@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from optim.references import DYN5, EXPRESS, EXPRESS_END
 from torch import Tensor
 
 from poise.linalg import newton_schulz, polar
@@ -21,24 +22,7 @@ POLYNOMIALS = ["ns5", "dyn5", "turbo4", "polar_express"]
 EXACT = ["qdwh", "svd"]
 
 JORDAN = (3.4445, -4.7750, 2.0315)
-YOU = [
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-]
-# The Polar Express, Algorithm 1 (arXiv 2505.16932).
-EXPRESS = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
-]
+EXPRESS_ALL = [*EXPRESS, EXPRESS_END]
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -79,9 +63,9 @@ def schedule(method: str, steps: int) -> list[tuple[float, float, float]]:
     if method == "ns5":
         return [JORDAN] * steps
     if method == "dyn5":
-        return (YOU + [YOU[-1]] * steps)[max(0, 5 - steps) :][:steps]
-    shrunk = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EXPRESS[:-1]]
-    return (shrunk + [EXPRESS[-1]] * steps)[:steps]
+        return (DYN5 + [DYN5[-1]] * steps)[max(0, 5 - steps) :][:steps]
+    shrunk = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EXPRESS_ALL[:-1]]
+    return (shrunk + [EXPRESS_ALL[-1]] * steps)[:steps]
 
 
 @pytest.mark.parametrize("form", ["plain", "gram"])
@@ -102,7 +86,7 @@ def test_turbo4_scales_rows_and_takes_the_last_triples_of_dyn5(steps: int, form:
     m = gaussian(12, 20)
     x = m / (m @ m.mT).abs().sum(-1, keepdim=True).sqrt()
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    wanted = (u * quintics((YOU + [YOU[-1]] * 9)[max(0, 5 - steps) :][:steps], s)) @ vh
+    wanted = (u * quintics((DYN5 + [DYN5[-1]] * 9)[max(0, 5 - steps) :][:steps], s)) @ vh
     assert gap(orthogonalize(m, "turbo4", steps=steps, form=form), wanted) < 1e-11
 
 
@@ -381,7 +365,7 @@ def test_a_vector_becomes_a_vector_of_one_length(method: str, shape: tuple[int, 
     o = orthogonalize(m, method)
     assert gap(o / o.norm(), m / m.norm()) < 1e-12
     one = torch.ones(1, dtype=torch.float64)
-    values = {"qdwh": one, "svd": one, "turbo4": quintics(YOU[1:], one)}
+    values = {"qdwh": one, "svd": one, "turbo4": quintics(DYN5[1:], one)}
     margin = 1.01 if method == "polar_express" else 1.0
     wanted = values[method] if method in values else quintics(schedule(method, 5), one / margin)
     assert float(o.norm()) == pytest.approx(float(wanted), abs=1e-12)

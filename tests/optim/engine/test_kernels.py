@@ -37,9 +37,9 @@ def scaled(a: Tensor, row: Tensor, b: Tensor, sum: Tensor) -> dict[str, Tensor]:
 
 
 def call(kernel: kernels.Kernel, *arrays: Any, n: int) -> None:
-    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(kernel.address)
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(kernel.address)
     pointers = np.array([a.ctypes.data for a in arrays], dtype=np.int64)
-    run(pointers.ctypes.data, n)
+    run(pointers.ctypes.data, n, 1)
 
 
 @pytest.fixture

@@ -91,9 +91,10 @@ def reference(
         m = torch.zeros_like(x)
         rest = kappa in MATRIX and x.ndim < 2
         for rate, row in zip(rates, grads, strict=True):
-            if row[i] is None:
+            given = row[i]
+            if given is None:
                 continue
-            g = row[i].double()  # type: ignore[union-attr]
+            g = given.double()
             eta, wd = (rest_lr * rate / rates[0], rest_weight_decay) if rest else (rate, weight_decay)
             c = betas[0] * m + (1 - betas[0]) * g
             x = (1 - eta * wd) * x - eta * gradient(c, rest_kappa if rest else kappa, delta, top, method, steps)

@@ -87,10 +87,10 @@ def reference(
     asked = [w.clone() for w in z]
     m: list[Tensor | None] = [torch.zeros_like(w) if start == "zeros" else None for w in z]
     for rate, row in zip(rates, grads, strict=True):
-        present = [i for i, g in enumerate(row) if g is not None]
+        given = {i: g.double() for i, g in enumerate(row) if g is not None}
         steps_of: dict[int, Tensor] = {}
         for group in (True, False):
-            mine = [i for i in present if (norm in MATRIX and z[i].ndim < 2) == group]
+            mine = [i for i in given if (norm in MATRIX and z[i].ndim < 2) == group]
             ball = rest_norm if group else norm
 
             def toward(values: dict[int, Tensor], ball: str = ball) -> dict[int, Tensor]:
@@ -100,14 +100,15 @@ def reference(
                 return {i: furthest(v, ball, method, steps) for i, v in values.items()}
 
             def averaged(values: dict[int, Tensor]) -> dict[int, Tensor]:
+                new = {}
                 for i, v in values.items():
                     old = m[i]
-                    m[i] = v if old is None else (1 - a) * old + a * v
-                return {i: m[i] for i in values}  # type: ignore[misc]
+                    m[i] = new[i] = v if old is None else (1 - a) * old + a * v
+                return new
 
-            found = {i: row[i].double() for i in mine}  # type: ignore[union-attr]
+            found = {i: given[i] for i in mine}
             steps_of |= averaged(toward(found)) if lmo_first else toward(averaged(found))
-        for i in present:
+        for i in given:
             rest = norm in MATRIX and z[i].ndim < 2
             eta, wd = (rest_lr * rate / rates[0], rest_weight_decay) if rest else (rate, weight_decay)
             before = z[i]
