@@ -56,6 +56,17 @@ def quintics(triples: list[tuple[float, float, float]], s: Tensor) -> Tensor:
     return s
 
 
+@pytest.fixture(autouse=True)
+def float32_arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By default no bfloat16, whatever the processor: what is measured here must not hang on the machine."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    polar.fast_bfloat16.cache_clear()
+    yield
+    monkeypatch.undo()
+    polar.fast_bfloat16.cache_clear()
+
+
 # --- each method is what its source says ---
 
 

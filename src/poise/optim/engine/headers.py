@@ -59,6 +59,14 @@ def parsed(command: Sequence[str], folder: Path) -> Path | None:
     return header if result.exists() else None
 
 
+def wait() -> None:
+    """Return when no header is being parsed: what is timed should have the machine for itself."""
+    with _lock:
+        parsing = list(_started.values())
+    for one in parsing:
+        one.process.wait()
+
+
 def _parse(flags: Sequence[str], header: Path, result: Path) -> subprocess.Popen[bytes]:
     """Parse in the background, in a folder of its own; what is done is put in its place at once."""
     own = tempfile.mkdtemp(prefix="header-", dir=header.parent)

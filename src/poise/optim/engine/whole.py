@@ -20,6 +20,8 @@ from .links import Bound, Env, call_update, settled
 from .members import LOW, Member, state_draw
 from .views import stored_as, view_of
 
+ALONE = 2**19  # elements of a matrix from which on a CPU a batch of them gains nothing, and takes memory
+
 
 class Whole:
     """A run of links that see whole parameters, over some members of one bucket."""
@@ -55,10 +57,13 @@ class Whole:
         return [u.clone() if u.untyped_storage()._cdata in held else u for u in (results[i] for i in range(len(members)))]
 
     def _batches(self, members: Sequence[Member], which: Sequence[int]) -> list[list[int]]:
-        """Members whose matrices can be worked on at once: equal shapes, nothing kept or measured per parameter."""
+        """Members whose matrices can be worked on at once: equal shapes, nothing kept or measured per parameter.
+
+        Large ones go alone on a CPU.
+        """
         links = [members[0].bound[i] for i in self.positions]
         alone = any(b.slots or b.inner or b.link.feeds or b.link.unit != "matrix" or measures(b.link) for b in links)
-        if alone:
+        if alone or (members[0].device.type == "cpu" and members[0].spec.shape.numel() >= ALONE):
             return [[i] for i in range(len(members))]
         batches: dict[Any, list[int]] = {}
         for i, member in enumerate(members):

@@ -16,7 +16,7 @@ from ..routing import Params
 from ..skeleton import AdamWRest
 from ..transform import Context, Param, State, Transform, chain
 from ..transforms.momentum import momentum as momentum_link
-from ..transforms.spectral import by_matrix, matrices, orthogonalize, shape_factors, shape_scaled
+from ..transforms.spectral import SCALES, by_matrix, matrices, orthogonalize, shape_factors
 from ..transforms.step import Decay
 
 Variant = Literal["unit", "raw"]
@@ -56,13 +56,14 @@ class cosh_rms(Transform):
         self.gamma = gamma
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        divided = by_matrix(self._divided, k.param, u)
-        return shape_scaled(divided, k.param, "original") if self.variant == "unit" else divided
+        return by_matrix(self._divided, k.param, u) if u.numel() else u
 
     def _divided(self, M: Tensor) -> Tensor:
-        U = M / (torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True) + 1e-7)
-        R = torch.cosh(self.gamma * U).square().mean((-2, -1), keepdim=True).sqrt()
-        return (U if self.variant == "unit" else M) / (R + 1e-8)
+        dims, (m, n) = (-2, -1), M.shape[-2:]
+        over = torch.linalg.vector_norm(M, dim=dims, keepdim=True) + 1e-7
+        R = torch.linalg.vector_norm(torch.cosh(M * (self.gamma / over)), dim=dims, keepdim=True)
+        R = R / math.sqrt(m * n) + 1e-8
+        return M / R if self.variant == "raw" else M * (SCALES["original"](m, n) / (over * R))
 
     def update_rms(self, p: Param) -> float | None:
         if self.variant == "raw":
@@ -79,7 +80,7 @@ class cosh_rms(Transform):
     family="optim",
     paper=PAPER,
     tune={"lr": log_uniform(0.01, 10.0), "adamw_lr": log_uniform(1e-4, 3e-2), "weight_decay": log_uniform(1e-5, 0.1)},
-    mutant=("torch.cosh(self.gamma * U).square()", "torch.cosh(self.gamma * U)"),
+    mutant=("torch.cosh(M", "torch.exp(M"),
 )
 class AuON(Optimizer):
     """Momentum normalized matrix by matrix and divided by the RMS of its cosh; AdamW for everything but hidden matrices.

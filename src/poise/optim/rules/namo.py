@@ -101,7 +101,7 @@ class norm_adapted(Transform):
         shrink = k.weight_decay * alpha
         if self.cap:
             shrink = shrink.clamp(max=1)
-        return -(self._spread(step, k.param) * k.inner[0].apply(u) + self._spread(shrink, k.param) * x)
+        return self._spread(-step, k.param) * k.inner[0].apply(u) - self._spread(shrink, k.param) * x
 
     def _squares(self, u: Tensor, p: Param) -> Tensor:
         """Squared norms of each part: (..., parts, 1), or (..., parts, columns)."""

@@ -19,13 +19,13 @@ from ..transforms.adaptive import check_betas, check_eps
 from ..transforms.step import add_l2
 
 Predictor = Literal["extrapolation", "last", "fed", "none"]
+Variance = Literal["error", "gradient"]
 
 
 class optimistic_amsgrad(Transform):
     """AMSGrad whose weights stand a predicted step ahead of the iterate that it moves. See `OptAMSGrad`, whose options it has.
 
-    Extrapolation is of all gradients as one vector, over every parameter whose rule holds this very object. What is kept of the
-    iterate z is its distance to the weights, `lr h / (sqrt(vh) + eps)`.
+    What is kept of the iterate z is its distance to the weights, `lr h / (sqrt(vh) + eps)`.
     """
 
     owns_step = True
@@ -34,55 +34,26 @@ class optimistic_amsgrad(Transform):
         self,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        predictor: Predictor = "extrapolation",
-        history: int = 5,
-        ridge: float = 1e-3,
-        variance: Literal["error", "gradient"] = "error",
+        predictor: Literal["last", "fed", "none"] = "last",
+        variance: Variance = "error",
     ) -> None:
         check_betas(betas)
         check_eps(eps)
-        if predictor not in get_args(Predictor):
-            raise ValueError(f"predictor={predictor!r}: must be one of {', '.join(get_args(Predictor))}")
-        if history < 1:
-            raise ValueError(f"history={history}: must be at least 1")
-        if not ridge > 0.0:
-            raise ValueError(f"ridge={ridge}: must be positive")
-        if variance not in ("error", "gradient"):
+        if variance not in get_args(Variance):
             raise ValueError(f"variance={variance!r}: must be 'error' or 'gradient'")
-        self.predictor, self.ridge, self.variance = predictor, ridge, variance
+        self.predictor: Predictor = predictor
+        self.variance: Variance = variance
         self.feeds = ("prediction",) if predictor == "fed" else ()
-        self.past = [f"gradient_{i}" for i in range(history + 1)] if predictor == "extrapolation" else []
         self.defaults = {"betas": tuple(betas), "eps": eps}
 
     def slots(self, p: Param) -> dict[str, Slot]:
         shape = tuple(p.shape)
         kept = {"exp_avg": Slot(shape), "exp_avg_sq": Slot(shape, kind="nonneg"), "max_exp_avg_sq": Slot(shape, kind="upper")}
-        if self.predictor != "none":
-            kept |= {"prediction": Slot(shape), "ahead": Slot(shape)}
-        # differences of gradients are smaller than the rounding of small formats
-        return kept | {name: Slot(shape, kind="exact") for name in self.past}
+        return kept if self.predictor == "none" else kept | {"prediction": Slot(shape), "ahead": Slot(shape)}
 
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
         b1, b2 = map(float, hyper["betas"])
-        known = {"b1": b1, "c1": 1 - b1, "b2": b2, "c2": 1 - b2, "eps": float(hyper["eps"]), "lr": float(hyper["lr"])}
-        return known | {"full": float(step >= len(self.past))}
-
-    def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
-        """The raw gradient joins the past; products of its differences, where there are enough of them."""
-        if not self.past:
-            return {}
-        for older, newer in zip(self.past, self.past[1:], strict=False):
-            state[older] = state[newer]
-        state[self.past[-1]] = u
-        steps = [state[b].double() - state[a].double() for a, b in zip(self.past, self.past[1:], strict=False)]
-        return {f"product_{i}_{j}": k.full * (a * b).sum() for i, a in enumerate(steps) for j, b in enumerate(steps) if j <= i}
-
-    def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
-        if not self.past:
-            return {}
-        r = range(len(self.past) - 1)
-        gram = torch.stack([torch.stack([totals[f"product_{max(i, j)}_{min(i, j)}"] for j in r]) for i in r])
-        return {f"weight_{i}": c for i, c in enumerate(limit_weights(gram, self.ridge).unbind())}
+        return {"b1": b1, "c1": 1 - b1, "b2": b2, "c2": 1 - b2, "eps": float(hyper["eps"]), "lr": float(hyper["lr"])}
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
         before = state["exp_avg"]
@@ -100,10 +71,52 @@ class optimistic_amsgrad(Transform):
 
     def predicted(self, state: State, k: Context) -> Tensor:
         """The gradient that is expected next."""
-        if self.predictor == "last":
-            return k.grad
-        if self.predictor == "fed":
-            return k.prediction
+        return k.prediction if self.predictor == "fed" else k.grad
+
+
+class extrapolating_amsgrad(optimistic_amsgrad):
+    """`optimistic_amsgrad` that predicts where the last gradients are going.
+
+    Extrapolation is of all gradients as one vector, over every parameter whose rule holds this very object.
+    """
+
+    def __init__(
+        self,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        history: int = 5,
+        ridge: float = 1e-3,
+        variance: Variance = "error",
+    ) -> None:
+        super().__init__(betas, eps, variance=variance)
+        if history < 1:
+            raise ValueError(f"history={history}: must be at least 1")
+        if not ridge > 0.0:
+            raise ValueError(f"ridge={ridge}: must be positive")
+        self.predictor, self.ridge = "extrapolation", ridge
+        self.past = [f"gradient_{i}" for i in range(history + 1)]
+
+    def slots(self, p: Param) -> dict[str, Slot]:
+        # differences of gradients are smaller than the rounding of small formats
+        return super().slots(p) | {name: Slot(tuple(p.shape), kind="exact") for name in self.past}
+
+    def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
+        return super().scalars(step, hyper) | {"full": float(step >= len(self.past))}
+
+    def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
+        """The raw gradient joins the past; products of its differences, where there are enough of them."""
+        for older, newer in zip(self.past, self.past[1:], strict=False):
+            state[older] = state[newer]
+        state[self.past[-1]] = u
+        steps = [state[b].double() - state[a].double() for a, b in zip(self.past, self.past[1:], strict=False)]
+        return {f"product_{i}_{j}": k.full * (a * b).sum() for i, a in enumerate(steps) for j, b in enumerate(steps) if j <= i}
+
+    def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
+        r = range(len(self.past) - 1)
+        gram = torch.stack([torch.stack([totals[f"product_{max(i, j)}_{min(i, j)}"] for j in r]) for i in r])
+        return {f"weight_{i}": c for i, c in enumerate(limit_weights(gram, self.ridge).unbind())}
+
+    def predicted(self, state: State, k: Context) -> Tensor:
         limit = sum((k.total[f"weight_{i}"] * state[name] for i, name in enumerate(self.past[:-1])), torch.zeros_like(k.grad))
         return k.full * limit + (1 - k.full) * k.grad
 
@@ -161,8 +174,14 @@ class OptAMSGrad(Optimizer):
         predictor: Predictor = "extrapolation",
         history: int = 5,
         ridge: float = 1e-3,
-        variance: Literal["error", "gradient"] = "error",
+        variance: Variance = "error",
         **options: Unpack[Options],
     ) -> None:
-        rule = chain(add_l2(), optimistic_amsgrad(betas, eps, predictor, history, ridge, variance))
+        if predictor not in get_args(Predictor):
+            raise ValueError(f"predictor={predictor!r}: must be one of {', '.join(get_args(Predictor))}")
+        if predictor == "extrapolation":
+            ahead = extrapolating_amsgrad(betas, eps, history, ridge, variance)
+        else:
+            ahead = optimistic_amsgrad(betas, eps, predictor, variance)
+        rule = chain(add_l2(), ahead)
         super().__init__(params, rule, lr, weight_decay, **options)
