@@ -17,9 +17,9 @@ from rows import COLD, COLD_PER_FURTHER_KERNEL, OF_PRODUCTS, WARM, Row
 ADAMW_BYTES = 28.0
 
 MEASURED = (
-    "ratio_to_torch_fused_adamw", "ratio_q1", "ratio_q3", "ns_per_param", "fused_ns_per_param", "state_bytes_per_param",
-    "first_step_cold_s", "first_step_warm_s", "kernels", "rounds", "copy_gb_s", "trajectory_error", "orthogonality_error",
-    "ratio_to_torch_muon", "ratio_to_torch_muon_q1", "ratio_to_torch_muon_q3", "version",
+    "ratio_to_torch_fused_adamw", "ratio_q1", "ratio_q3", "ratios_of_processes", "ns_per_param", "fused_ns_per_param",
+    "state_bytes_per_param", "first_step_cold_s", "first_step_warm_s", "kernels", "rounds", "copy_gb_s", "trajectory_error",
+    "orthogonality_error", "ratio_to_torch_muon", "ratio_to_torch_muon_q1", "ratio_to_torch_muon_q3", "version",
 )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def text(whole: dict[str, Any]) -> str:
 LEGEND = """\
 x fused AdamW: median over the rounds [first, third quartile]; in each round both step, in turns. The null row shows the noise.
 by traffic: what the ratio would be if time went with the bytes that must move: weights and state read and written, gradients
-read. GB/s: those bytes by the time. First step: building the optimizer and one step, nothing compiled / kernels on disk."""
+read, twice where a sum over them decides the step. GB/s: those bytes by the time. First step: building the optimizer and one step, nothing compiled / kernels on disk."""
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class Row:
         params: a list of `lists.LISTS`.
         dtype: of parameters and gradients.
         target: of the ratio to torch's fused AdamW, where the project has set one.
+        again: bytes per parameter that must be read a second time, because a sum over all of them decides the step.
         of_traffic: target as a multiple of the time that the least traffic of its own would take at fused AdamW's bandwidth.
         iterations: of Newton-Schulz in a step, for matrix rules; a step should take at most `OF_PRODUCTS` times their products.
         beside: further rows on the same list that take turns with this one in the same process.
@@ -50,6 +51,7 @@ class Row:
     params: Literal["gpt", "hidden", "one of each", "300 small"] = "gpt"
     dtype: torch.dtype = torch.float32
     target: float | None = None
+    again: int = 0
     of_traffic: float | None = None
     iterations: int = 0
     beside: tuple[str, ...] = ()
@@ -128,13 +130,15 @@ ROWS: dict[str, Row] = {
         _element("signum", "Signum"),
         _element("stosignsgd", "StoSignSGD", 2.0, note="draws random numbers"),
         _element("adam-mini", "AdamMini"),
-        _element("braked-sgd", "BrakedSGD"),
+        _element("braked-sgd", "BrakedSGD", again=8, note="gradient and momentum are read twice: first for their cosine"),
         _element("braked-sgd-filter", "BrakedSGD", per="filter", note="a cosine for each row"),
-        _element("induced-metric", "InducedMetric"),
-        _element("induced-metric-rms", "InducedMetric", variant="rms"),
-        _element("adaptive-memory", "ExperimentalAdaptiveMemory"),
-        _element("adaptive-memory-adamw", "ExperimentalAdaptiveMemory", base="adamw"),
-        _element("opt-amsgrad", "OptAMSGrad"),
+        _element("induced-metric", "InducedMetric", again=4, note="the gradient is read twice: first for its length"),
+        _element("induced-metric-rms", "InducedMetric", variant="rms", again=8, note="gradient and r are read twice"),
+        _element("adaptive-memory", "ExperimentalAdaptiveMemory", again=8, note="gradient and memory are read twice"),
+        _element(
+            "adaptive-memory-adamw", "ExperimentalAdaptiveMemory", base="adamw", again=12, note="all but weights read twice"
+        ),
+        _element("opt-amsgrad", "OptAMSGrad", again=24, note="gradient and history are read twice"),
         _element("opt-amsgrad-last", "OptAMSGrad", predictor="last", note="the last gradient is the prediction"),
         _matrix("muon", "Muon"),
         _matrix("turbo-muon", "TurboMuon", 4),
