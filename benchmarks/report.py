@@ -107,7 +107,8 @@ def text(whole: dict[str, Any]) -> str:
 LEGEND = """\
 x fused AdamW: median over the rounds [first, third quartile]; in each round both step, in turns. The null row shows the noise.
 by traffic: what the ratio would be if time went with the bytes that must move: weights and state read and written, gradients
-read, twice where a sum over them decides the step. GB/s: those bytes by the time. First step: building the optimizer and one step, nothing compiled / kernels on disk."""
+read, twice where a sum over them decides the step. GB/s: those bytes by the time. First step: building the optimizer and one
+step, nothing compiled / kernels on disk."""
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

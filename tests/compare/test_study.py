@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from poise.catalog import log_uniform, uniform
+from poise.catalog import choice, log_uniform, uniform
 from poise.compare import provenance
 from poise.compare.entries import Entry
 from poise.compare.journal import Journal
@@ -124,6 +125,23 @@ def test_only_optimizers_are_compared(journal: Journal) -> None:
 
     with pytest.raises(ValueError, match="'int8' is a codec of family memory"):
         compare(Toy(), {"int8": replace(SGD, name="int8", kind="codec", family="memory")}, SETTINGS, journal)
+
+
+def paired_betas(model: nn.Module, lr: float = 0.05, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Optimizer:
+    """Adam that wants its betas as a pair, as a rule may."""
+    assert isinstance(betas, tuple)
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=betas)
+
+
+@pytest.mark.parametrize("passes", [1, 7, 30])
+def test_pairs_are_still_pairs_when_a_study_goes_on(tmp_path: Path, passes: int) -> None:
+    """The journal is JSON, which has no tuples."""
+    methods = {"adam": entry(paired_betas, lr=log_uniform(1e-2, 1e-1), betas=choice((0.9, 0.95), (0.9, 0.999)))}
+    whole = compare(Toy(), methods, SETTINGS, Journal(tmp_path / "whole.db"))
+    with pytest.raises(KeyboardInterrupt):
+        compare(Toy(), methods, SETTINGS, Journal(tmp_path / "broken.db"), Count(stop_at=passes))
+    resumed = compare(Toy(), methods, SETTINGS, Journal(tmp_path / "broken.db"))
+    assert without_seconds(resumed) == without_seconds(whole)
 
 
 @pytest.mark.parametrize("passes", [1, 7, 19, 50])

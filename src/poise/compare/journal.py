@@ -71,9 +71,10 @@ class Journal:
             raise ValueError(f"{path} is not a readable journal of poise compare ({error}); --fresh starts over") from error
 
     def find(self, job: Job) -> Run | None:
-        """The finished run of `job`, if there is one."""
+        """The finished run of `job`, if there is one; its hyper-parameters are the job's, which JSON had made lists of."""
         wanted = plain(asdict(job))
-        return next((run for row, run in self.rows if row == wanted), None)
+        run = next((run for row, run in self.rows if row == wanted), None)
+        return None if run is None else run.model_copy(update={"hyper": dict(job.hyper)})
 
     def outdated(self, codes: Collection[str]) -> int:
         """How many finished runs were made by other code than `codes`, and so are of no more use."""
