@@ -44,6 +44,7 @@ class NewtonSchulz:
         schedule = self.schedule(self.steps if steps is None else steps)
         # Only zero has a norm below 1 here.
         X = (X / (self.margin * torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1.0))).to(dtype)
+        X = X.contiguous()  # it is added to products, and of a transposed one a CPU makes a copy every time
         single = len(X) == 1
         if single:  # a plain product has less to set up than a batch of one
             X = X[0]
@@ -51,7 +52,8 @@ class NewtonSchulz:
         if self.start == "aol":
             s = almost_orthogonal_rows(A)
             X, A = s * X, s * A * s.mT
-        if form == "gram" or (form == "auto" and X.shape[-1] >= 2 * X.shape[-2]):
+        wide = X.shape[-1] >= 2 * X.shape[-2] and dtype != torch.bfloat16
+        if form == "gram" or (form == "auto" and wide):
             X = gram(X, A, schedule, restarts(len(schedule), dtype))
         else:
             X = plain(X, A, schedule)
@@ -70,14 +72,17 @@ def almost_orthogonal_rows(A: Tensor) -> Tensor:
 def restarts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
     """After which steps the Gram form multiplies its product into X and forms the Gram matrix anew.
 
-    Segments of at most 3 steps, in bfloat16 of 2, as equal as can be, longer ones first: 5 steps restart after 3, in bfloat16
-    after 2 and 4. A rounding error of the Gram matrix grows with the square of what the smallest singular values grow by. With
-    singular values spread over 1e4 these segments keep bfloat16 as close as the plain form for up to 10 steps of every method,
-    and float32 within 6 times of it; in bfloat16 without restarts 5 steps are off by a factor of 10 to 1e5.
+    Rounding gives a Gram matrix eigenvalues below zero, where its matrix has singular values near zero, and a step multiplies
+    them by up to a^2, 68 for the first of `polar_express`: left alone they end in infinity. So segments have at most 3 steps,
+    in float16 2, as equal as can be, longer ones first: 5 steps restart after 3, in float16 after 2 and 4. No matrix of any
+    rank then ended above 1.13 (1.21 for `ns5`), as in the plain form. In bfloat16, which rounds 65536 times as coarsely as
+    float32, even two steps threw matrices of 10 x 40 to 1e5: every step is a segment, which saves nothing.
     """
+    if dtype == torch.bfloat16:
+        return tuple(range(1, steps))
     if steps < 3:
         return ()
-    segments = max(2, math.ceil(steps / (2 if dtype == torch.bfloat16 else 3)))
+    segments = max(2, math.ceil(steps / (2 if dtype == torch.float16 else 3)))
     return tuple(math.ceil(i * steps / segments) for i in range(1, segments))
 
 

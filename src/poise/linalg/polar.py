@@ -53,7 +53,8 @@ def orthogonalize(
             and its final polish always follows; `svd` takes none.
         form: how polynomials are applied. "plain" multiplies the whole matrix in each step; "gram" iterates on its small Gram
             matrix, the same up to rounding (`newton_schulz.gram`); "auto" takes "gram" from an aspect ratio of 2, where it
-            becomes faster (measured on a CPU in float32: 1.1 times at 2, 1.5 at 4, 1.9 at 8).
+            becomes faster (measured on a CPU in float32: 1.1 times at 2, 1.5 at 4, 1.9 at 8), but not in bfloat16, which is too
+            coarse for it.
         dtype: precision of the arithmetic. None: float64 for float64 matrices, else bfloat16 where the device multiplies it in
             hardware (`fast_bfloat16`), else float32. `qdwh` and `svd` never go below float32.
 
