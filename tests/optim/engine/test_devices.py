@@ -15,7 +15,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from poise.optim import AdamW, Param, clip
-from poise.optim.engine import engine
+from poise.optim.engine import backends
 from poise.optim.engine.links import bind
 from poise.optim.engine.members import Member
 from poise.optim.engine.program import reads_own
@@ -78,18 +78,18 @@ def test_noise_keeps_no_index_of_elements_that_follow_one_another(
 
 def test_without_triton_a_gpu_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(engine, "say_once", said.append)
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert engine.mode_for(torch.device("cuda"), "auto") == "eager"
+    monkeypatch.setattr(backends, "say_once", said.append)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.mode_for(torch.device("cuda"), "auto") == "eager"
     assert "Triton" in said[0]
 
 
 def test_without_a_c_compiler_a_gpu_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton builds its launcher with one, and would fail in the middle of the first step."""
     said: list[str] = []
-    monkeypatch.setattr(engine, "say_once", said.append)
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(backends, "say_once", said.append)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert engine.mode_for(torch.device("cuda"), "auto") == "eager"
+    assert backends.mode_for(torch.device("cuda"), "auto") == "eager"
     assert "compiler" in said[0]

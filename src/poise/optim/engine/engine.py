@@ -7,20 +7,19 @@ link measures the update until all buckets that hold that link have measured it.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..transform import Chain, Context, Transform
-from . import kernels, shards
-from .bucket import Bucket, Pass, say_once
-from .links import Bound, StateView
+from ..transform import Chain, Transform
+from . import shards
+from .backends import mode_for
+from .bucket import Bucket, Pass
+from .links import Bound
 from .members import Member
+from .totals import Totals
 from .whole import measures, refresh
 
 # Elements whose updates are held at once between the stretches of a chain with matrix rules in it.
@@ -41,11 +40,12 @@ class Engine:
         self.position = {m: i for i, m in enumerate(members)}
         self.buckets = self._buckets(backend)
         self.reference: list[Bucket] | None = None
-        self.scopes = self._scopes()
-        early = [(link, held) for link, held in self.scopes.values() if measures(link) and link.reads == "grad"]
+        scopes = self._scopes()
+        early = [(link, held) for link, held in scopes.values() if measures(link) and link.reads == "grad"]
         self.stateless = [link for link, held in early if not any(b.slots for _, b in held)]
         self.stateful = [link for link, held in early if any(b.slots for _, b in held)]
-        family = (one.link for held in self.scopes.values() for _, b in held[1][:1] for one in b.family())
+        self.totals = Totals(self.buckets, scopes, self.stateless, lambda m: int(self.counts[self.position[m]]) + 1)
+        family = (one.link for held in scopes.values() for _, b in held[1][:1] for one in b.family())
         self.needing_loss = next((link for link in family if link.needs_loss), None)
         self.refreshing = any(_due_ever(b) for m in self.members for b in m.bound)
         self.groups: dict[int, list[dict[str, Any]]] = {}
@@ -116,7 +116,7 @@ class Engine:
         totals: dict[int, dict[str, Any]] = {}
         try:
             for link in self.stateless:  # they may abandon the step, so they come before anything is written
-                totals[id(link)] = self._reduce(link, passes, loss)
+                totals[id(link)] = self.totals.reduce(link, passes, loss)
                 if bool(totals[id(link)].pop("skip", False)):
                     self._untick(passes)
                     return False
@@ -126,7 +126,7 @@ class Engine:
         if self.refreshing:
             self._refresh(passes, loss)
         for link in self.stateful:
-            totals[id(link)] = self._reduce(link, passes, loss)
+            totals[id(link)] = self.totals.reduce(link, passes, loss)
         waiting = [(bucket, p) for bucket, p in passes if not p.rows[0].get("gathers")]
         while waiting:
             moved = False
@@ -139,8 +139,8 @@ class Engine:
                     moved = True
                 else:
                     waiting.remove((bucket, p))
-            for link in self._ready(waiting):
-                totals[id(link)] = self._reduce(link, waiting, loss)
+            for link in self.totals.ready(waiting):
+                totals[id(link)] = self.totals.reduce(link, waiting, loss)
                 moved = True
             if waiting and not moved:
                 raise ValueError("two rules measure the same two links in opposite orders; give one of them links of its own")
@@ -185,7 +185,7 @@ class Engine:
                 key = (id(m.group), step, m.scale)
                 if key not in known:
                     known[key] = len(p.rows)
-                    p.rows.append(_row(m, step))
+                    p.rows.append(m.row(step))
                 p.which.append(known[key])
             if any("gathers" in row for row in p.rows):
                 for gathers in (False, True):
@@ -214,116 +214,6 @@ class Engine:
                     facts = {"feeds": p.feeds[i], "known": {"clock": p.clock, "loss": loss}}
                     refresh(lead, due, grads, p.rows[p.which[i]], p.steps[i], facts)
 
-    # -- totals -------------------------------------------------------------------------------------------------------
-
-    def _ready(self, waiting: Sequence[tuple[Bucket, Pass]]) -> list[Transform]:
-        """Links that every bucket holding them now waits at."""
-        at = [(bucket, bucket.links[bucket.segments[p.segment].positions[0]]) for bucket, p in waiting]
-        links = {id(link): link for _, link in at}
-        return [
-            link for link in links.values() if all(here is link for bucket, here in at if any(link is k for k in bucket.links))
-        ]
-
-    def _reduce(
-        self,
-        link: Transform,
-        passes: Sequence[tuple[Bucket, Pass]],
-        loss: Tensor | None,
-    ) -> dict[str, Any]:
-        """Phase one of `link` over all its members, added up, and its reduce()."""
-        found: list[tuple[Bucket, Pass, int, tuple[str, ...], Tensor]] = []
-        for bucket, p in passes:
-            for position, held_link in enumerate(bucket.links):
-                if held_link is link:
-                    names, values = bucket.measure(p, position, (p.us or p.grads) if link.reads == "update" else p.grads)
-                    found.append((bucket, p, position, names, values))
-        if not found:
-            return {}
-        counted = [(p.members, values) for _, p, _, _, values in found]
-        if link.absent == "zeros":
-            counted += self._absent(link, passes)
-        if link.unit in ("element", "block"):
-            _over_ranks(link, counted)
-        where = found[0][4].device  # of the totals, should the members be on several
-        sums = torch.stack([values.sum(0).to(where) for _, values in counted]).sum(0)
-        totals = dict(zip(found[0][3], sums.unbind(0), strict=True))
-        each = torch.cat([values[_counting(link, members)].to(where) for members, values in counted])
-        for bucket, p, position, names, values in found:
-            p.own[bucket.bound[position].prefix] = (names, values)
-        bucket, p, position, _, _ = found[0]
-        member, bound, i = p.members[0], bucket.bound[position], 0
-        holder, at = self.scopes[id(link)][1][0]  # shared slots are kept with the first member that holds the link
-        written: set[str] = set()
-        view = StateView({key: holder.state[key] for key in at.shared.values()}, at.shared, written)
-        row = {n.removeprefix(bound.prefix): v for n, v in p.rows[p.which[i]].items() if n.startswith(bound.prefix)}
-        k = Context(
-            row, total=totals, own={}, loss=loss, step=p.steps[i], clock=p.clock, param=member.spec, inner=(), grad=p.grads[i],
-            each=dict(zip(found[0][3], each.unbind(1), strict=True)),
-        )  # fmt: skip
-        reduced = link.reduce(totals, view, k)
-        if "skip" in reduced and link not in self.stateless:
-            raise ValueError(
-                f"{link!r}: only a link that measures the raw gradient and keeps no state of its own may return 'skip'"
-            )
-        for name, key in at.shared.items():
-            if key in written:
-                holder.state[key].copy_(view[name])
-        return reduced
-
-    def _absent(self, link: Transform, passes: Sequence[tuple[Bucket, Pass]]) -> list[tuple[list[Member], Tensor]]:
-        """Members without gradient, measured as having a gradient of zeros."""
-        present = {id(m.tensor) for _, p in passes for m in p.members}
-        counted: list[tuple[list[Member], Tensor]] = []
-        for bucket in self.buckets:
-            absent = [m for m in bucket.members if id(m.tensor) not in present]
-            for position, held_link in enumerate(bucket.links):
-                if held_link is link and absent:
-                    zeros = [torch.zeros(m.rank_shape, dtype=m.format.dtype, device=m.local.device) for m in absent]
-                    steps = [int(self.counts[self.position[m]]) + 1 for m in absent]
-                    rows = [_row(m, s) for m, s in zip(absent, steps, strict=True)]
-                    p = Pass(absent, zeros, steps, rows, list(range(len(absent))), [{} for _ in absent])
-                    held = [
-                        {key: shards.local(t).clone() for key, t in m.state.items()} if m.bound[position].slots else {}
-                        for m in absent
-                    ]
-                    counted.append((absent, bucket.measure(p, position, zeros)[1]))
-                    for m, kept in zip(absent, held, strict=True):  # it is counted, but it takes no step
-                        for key, value in kept.items():
-                            shards.local(m.state[key]).copy_(value)
-        return counted
-
-
-def mode_for(device: torch.device, backend: str) -> str:
-    """How rules are run on a device."""
-    if backend != "auto":
-        if backend not in ("tiles", "inductor", "chunks", "eager"):
-            raise ValueError(f"backend={backend!r}: must be 'auto', 'tiles', 'inductor', 'chunks' or 'eager'")
-        return backend
-    if device.type == "cpu":
-        if kernels.compiler() is not None:
-            return "tiles"
-        say_once(
-            "poise: no C++ compiler found (CXX, g++, clang++, c++), so rules run piece by piece at about a third of the speed"
-        )
-        return "chunks"
-    if device.type == "meta":
-        return "eager"
-    if device.type == "cuda" and (lacking := triton_lacks(device)) is not None:
-        say_once(f"poise: {lacking}, so rules run operation by operation, at a fraction of the speed")
-        return "eager"
-    return "inductor"
-
-
-def triton_lacks(device: torch.device) -> str | None:
-    """What keeps torch.compile from this GPU, of NVIDIA or AMD; None if nothing does."""
-    if importlib.util.find_spec("triton") is None:
-        return "no Triton found, which torch.compile needs on a GPU"
-    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang", "cc"))):
-        return "no C compiler found (CC, gcc, clang), which Triton needs"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than Triton supports (compute capability 7.0)"
-    return None
-
 
 def usable(m: Member, grad: Tensor) -> Tensor:
     """This rank's gradient, contiguous and in the parameter's dtype; a clear error for what cannot be used."""
@@ -340,18 +230,6 @@ def usable(m: Member, grad: Tensor) -> Tensor:
     return grad if grad.is_contiguous() else grad.contiguous()
 
 
-def _row(m: Member, step: int) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    hyper = m.group if m.scale == 1.0 else {**m.group, "update_scale": m.scale}
-    for bound in m.bound:
-        scalars = bound.scalars(step, hyper)
-        if scalars is None:
-            row["gathers"] = True
-        else:
-            row.update(scalars)
-    return row
-
-
 def _fed(bucket: Bucket, m: Member, feeds: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
     fed: dict[str, Tensor] = {}
     for name in bucket.feeds:
@@ -361,27 +239,6 @@ def _fed(bucket: Bucket, m: Member, feeds: Mapping[str, Mapping[int, Tensor]]) -
             )
         fed[name] = shards.local(feeds[name][id(m.tensor)]).to(m.format.compute).contiguous()
     return fed
-
-
-def _over_ranks(link: Transform, counted: Sequence[tuple[Sequence[Member], Tensor]]) -> None:
-    """Add up what the ranks measured of their pieces, in place, with one all-reduce for each group of ranks."""
-    at: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
-    for members, values in counted:
-        for i, m in enumerate(members):
-            if over := m.groups(link):
-                at.setdefault(over, []).append((values, i))
-    for over, entries in at.items():
-        together = shards.add_up(torch.stack([values[i] for values, i in entries]), over)
-        for (values, i), summed in zip(entries, together, strict=True):
-            values[i] = summed
-
-
-def _counting(link: Transform, members: Sequence[Member]) -> list[int] | slice:
-    """Places of the members that were measured; of a layer with two parameters, only one is."""
-    if link.unit != "layer":
-        return slice(None)
-    here = set(members)
-    return [i for i, m in enumerate(members) if m.layer is None or m.layer.leads or m.partner not in here]
 
 
 def _due_ever(bound: Bound) -> bool:

@@ -183,6 +183,18 @@ class Member:
         # the key as a number: as a tensor, a GPU would be waited for
         return rounding.noise_bits(rounding.int32(self.noise_key(step) + salt), where)
 
+    def row(self, step: int) -> dict[str, Any]:
+        """The scalars of its links in one step; with "gathers" where one of them only gathers then."""
+        row: dict[str, Any] = {}
+        hyper = self.group if self.scale == 1.0 else {**self.group, "update_scale": self.scale}
+        for bound in self.bound:
+            scalars = bound.scalars(step, hyper)
+            if scalars is None:
+                row["gathers"] = True
+            else:
+                row.update(scalars)
+        return row
+
     def signature(self) -> tuple[Any, ...]:
         """Members with equal signatures run through the same kernels."""
         tiled = [key for b in self.bound if b.link.unit in ("element", "block") for key in b.state_keys()]
