@@ -22,3 +22,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Matrices are by default not multiplied in bfloat16, whatever the processor has: what is measured must not hang on it."""
+    from poise.linalg import polar
+
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    polar.fast_bfloat16.cache_clear()
+    yield
+    monkeypatch.undo()
+    polar.fast_bfloat16.cache_clear()

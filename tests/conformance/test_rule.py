@@ -28,6 +28,7 @@ def test_its_reference_tells_it_from_its_mutant(entry: Method) -> None:
     assert max(gaps) > 1e3 * tolerance(entry), f"{entry.name} with {entry.mutant} equals its reference too: {gaps}"
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("backend", ["tiles", "chunks", "auto"])
 def test_every_backend_does_the_same_mathematics(entry: Method, backend: str) -> None:
     start, grads = draw(steps=5, dtype=torch.float32, missing=[(1, 0), (2, 3)])

@@ -18,6 +18,8 @@ from poise.linalg.newton_schulz import almost_orthogonal_rows, restarts
 from poise.linalg.orthogonality import orthogonalization_error
 from poise.linalg.polar import METHODS, orthogonalize
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 POLYNOMIALS = ["ns5", "dyn5", "turbo4", "polar_express"]
 EXACT = ["qdwh", "svd"]
 
@@ -54,17 +56,6 @@ def quintics(triples: list[tuple[float, float, float]], s: Tensor) -> Tensor:
     for a, b, c in triples:
         s = a * s + b * s**3 + c * s**5
     return s
-
-
-@pytest.fixture(autouse=True)
-def float32_arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """By default no bfloat16, whatever the processor: what is measured here must not hang on the machine."""
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    polar.fast_bfloat16.cache_clear()
-    yield
-    monkeypatch.undo()
-    polar.fast_bfloat16.cache_clear()
 
 
 # --- each method is what its source says ---

@@ -115,6 +115,7 @@ def test_a_transposed_update_has_the_transposed_result_unless_the_scale_knows_ro
     assert gap < 1e-12 if transposes else gap > 0.01
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("options", [{"method": "ns5"}, {"steps": 3}, {"form": "gram"}, {"dtype": torch.bfloat16}])
 def test_options_reach_the_orthogonalizer(options: dict[str, Any]) -> None:
     u = normal(24, 30).float()
