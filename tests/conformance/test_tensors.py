@@ -15,6 +15,7 @@ from .problems import distance, draw, leaves, play, same
 EVERY_SHAPE = [(), (1,), (0,), (0, 5), (7,), (3, 5), (1, 6), (2, 3, 4), (2, 3, 4, 5), (2, 1, 2, 1, 2)]
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_tensors_of_every_shape_move_and_stay_what_they_are(entry: Method) -> None:
     start, grads = draw(EVERY_SHAPE, 3, dtype=torch.float32)
     params, twins = leaves(start), leaves(start, torch.float64)
