@@ -1,0 +1,62 @@
+"""What was found, as a table for a terminal and as a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+HEAD = ("method", "reference", "version", "settings", "dtype", "steps", "difference", "bound", "")
+
+INTRODUCTION = """\
+# Agreement with reference code
+
+Each line runs an optimizer of poise and its reference with the same settings, from the same weights, on the same gradients, and
+gives the largest difference between their weights: over all entries and steps, `max |w - w'| / max |w' - w'_0|`, relative to how
+far the reference moved. Gradients are drawn anew in every step and also depend on the weights, so that an error grows as it does in
+training. Weights are matrices higher than wide, wider than high and square, a vector and a convolution, or what of these the
+reference takes; the settings are those in the table, and otherwise the defaults that both share.
+
+`python benchmarks/agreement.py --official DIR --page docs/agreement.md` makes this page;
+[benchmarks](https://github.com/poise-optim/poise/blob/main/benchmarks/README.md) says where to get the repositories. A line above
+its bound makes the command fail.
+"""
+
+
+def text(whole: dict[str, Any]) -> str:
+    rows = [HEAD]
+    for row in whole["rows"]:
+        said = row["status"] if row["failed"] is None else f"{row['status']}: {row['failed']}"
+        rows.append((
+            row["rule"], f"{row['source']} {row['reference']}", row["version"] or "-", row["settings"], row["dtype"],
+            str(row["steps"]), number(row["difference"]), number(row["bound"]), said,
+        ))  # fmt: skip
+    lines = [f"torch {whole['torch']}, backend {whole['backend']}", "", *aligned(rows), ""]
+    lines += [f"not run: {row['rule']}, {row['source']}: {row['why']}" for row in whole["absent"]]
+    return "\n".join(lines)
+
+
+def page(whole: dict[str, Any]) -> str:
+    found = [row for row in whole["rows"] if row["difference"] is not None]
+    lines = [INTRODUCTION, f"Found with torch {whole['torch']} on a CPU.", ""]
+    lines += ["| method | reference | settings | dtype, steps | difference | bound | why |", "|---|---|---|---|---|---|---|"]
+    for row in found:
+        where = f"{row['source']} {row['version']}, `{row['reference']}`"
+        cells = (row["rule"], where, code(row["settings"]), f"{row['dtype']}, {row['steps']}")
+        lines.append(f"| {' | '.join((*cells, number(row['difference']), number(row['bound']), row['note']))} |")
+    lines += ["", "## Not run", "", "| method | code | why |", "|---|---|---|"]
+    lines += [f"| {row['rule']} | {row['source']} | {row['failed']} |" for row in whole["rows"] if row["difference"] is None]
+    lines += [f"| {row['rule']} | {row['source']} | {row['why']} |" for row in whole["absent"]]
+    return "\n".join(lines) + "\n"
+
+
+def code(settings: str) -> str:
+    return f"`{settings}`" if "=" in settings else settings
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
