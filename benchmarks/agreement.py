@@ -8,6 +8,7 @@ README.md in this folder says what is compared and where to get the authors' rep
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -21,7 +22,7 @@ import torch
 from agreement_cases import ABSENT, CASES
 from agreement_cases.case import Absent, Case, difference
 from agreement_cases.page import page, text
-from agreement_cases.sources import Missing, load
+from agreement_cases.sources import Missing, reference
 
 Entry = dict[str, Any]
 
@@ -77,14 +78,18 @@ def compare(case: Case, official: Path | None = None, backend: str = "auto") -> 
         "dtype": str(problem.dtype).removeprefix("torch."),
         "steps": problem.steps,
         "difference": None,
+        "sensitivity": None,
         "bound": case.bound,
         "status": "missing",
         "failed": None,
         "note": case.note,
     }
     try:
-        module, entry["version"] = load(case.source, official)
-        theirs = case.theirs(problem, module)
+        with reference(case.source, official) as (module, entry["version"]):
+            theirs = case.theirs(problem, module)
+            if case.nudge:
+                nudged = case.theirs(dataclasses.replace(problem, nudge=case.nudge), module)
+                entry["sensitivity"] = {"nudge": case.nudge, "difference": difference(nudged, theirs)}
         entry["difference"] = difference(case.ours(problem, {"backend": backend}), theirs)
         entry["status"] = "agrees" if entry["difference"] <= case.bound else "broken"
     except Missing as missing:

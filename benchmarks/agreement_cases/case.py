@@ -26,6 +26,7 @@ class Problem:
     Attributes:
         shapes, names: of the parameters; names where a method reads them.
         steps, dtype, seed: of the run.
+        nudge: the relative size of noise on the gradients of the first step, to see how much a reference makes of rounding.
     """
 
     shapes: tuple[tuple[int, ...], ...] = MIXED
@@ -34,6 +35,7 @@ class Problem:
     dtype: torch.dtype = torch.float64
     seed: int = 0
     pull: float = 0.3
+    nudge: float = 0.0
 
     def start(self) -> list[Parameter]:
         return [Parameter(w) for w in self._draw(self.seed)]
@@ -52,6 +54,8 @@ class Problem:
             rows = s.mean(across, keepdim=True) * s[0].numel() ** 0.5 if across else s
             columns = s.mean(0, keepdim=True) * len(s) ** 0.5 if across else torch.zeros_like(s)
             found.append((0.5 * (rows + columns)).exp() * n + self.pull * x.detach().tanh())
+        if t == 0 and self.nudge:
+            found = [g * (1 + self.nudge * n) for g, n in zip(found, self._draw(self.seed - 1), strict=True)]
         return found
 
     def set_gradients(self, t: int, params: Sequence[Parameter]) -> None:
@@ -63,27 +67,30 @@ class Problem:
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in self.shapes]
 
 
-def stepping(make: Callable[[list[Any], Any], Any], closure: bool = False) -> Side:
+def stepping(make: Callable[[list[Any], Any], Any], closure: bool = False, schedule: bool = False) -> Side:
     """The side of an optimizer: `make(params, options or module)`, then a step for every row of gradients.
 
-    With `closure`, gradients are those at the weights at which the optimizer calls it.
+    With `closure`, gradients are those at the weights at which the optimizer calls it; with `schedule`, lr falls to nothing.
     """
 
     def run(problem: Problem, extra: Any) -> Trajectory:
         params = problem.start()
         optimizer = make(problem.given(params), extra)
         found = [copies(params)]
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / problem.steps) if schedule else None
         for t in range(problem.steps):
 
             def evaluate(t: int = t) -> float:
                 problem.set_gradients(t, params)
-                return 1.0 + t / problem.steps
+                return 1.0 + t / 64  # exact in float32, too
 
             if closure:
                 optimizer.step(evaluate)
             else:
                 evaluate()
                 optimizer.step()
+            if falling is not None:
+                falling.step()
             found.append(copies(params))
         return found
 
@@ -106,6 +113,7 @@ class Case:
         bound: on the largest relative difference.
         settings: those that are not defaults, for the reader.
         note: why the difference is what it is, and where the two differ beyond these settings.
+        nudge: if not 0, the reference also runs against itself with its first gradients off by so much.
     """
 
     rule: str
@@ -117,6 +125,7 @@ class Case:
     settings: str = ""
     note: str = "rounding"
     problem: Problem = field(default_factory=Problem)
+    nudge: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,13 @@ def signum(optax: Any) -> Any:
 
 
 def muon(**settings: Any) -> Any:
-    return lambda optax: optax.contrib.muon(0.02, weight_decay=0.1, **settings)
+    def make(optax: Any) -> Any:
+        sides = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+        if settings.get("ns_steps"):  # it refuses its own five for four steps
+            settings["ns_coeffs"] = tuple(optax.contrib._muon._DION_NS_COEFFS[-settings["ns_steps"] :])
+        return optax.contrib.muon(0.02, weight_decay=0.1, muon_weight_dimension_numbers=lambda p: [sides] * len(p), **settings)
+
+    return make
 
 
 CASES = (
@@ -121,25 +127,36 @@ CASES = (
     case(
         "muon",
         "contrib.muon",
-        lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o),
-        muon(),
-        settings="method='ns5'",
+        lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", nesterov=False, **o),
+        muon(nesterov=False),
+        settings="method='ns5', nesterov=False",
         problem=MATRIX,
     ),
     case(
         "muon",
         "contrib.muon",
-        lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="dyn5", **o),
-        muon(ns_coeffs="dion"),
-        settings="method='dyn5'",
+        lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o),
+        muon(),
+        0.1,
+        settings="method='ns5', nesterov=True",
+        note="the reference corrects the bias of momentum and gradient apart before it mixes them, which turns the first "
+        "directions; the author's release and torch do not",
+        problem=MATRIX,
+    ),
+    case(
+        "muon",
+        "contrib.muon",
+        lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="dyn5", nesterov=False, **o),
+        muon(ns_coeffs="dion", nesterov=False),
+        settings="method='dyn5', nesterov=False",
         problem=MATRIX,
     ),
     case(
         "turbo-muon",
         "contrib.muon",
-        lambda p, o: TurboMuon(p, lr=0.02, weight_decay=0.1, **o),
-        muon(ns_coeffs="dion", ns_steps=4, preconditioning="aol"),
-        settings="preconditioning='aol'",
+        lambda p, o: TurboMuon(p, lr=0.02, weight_decay=0.1, nesterov=False, **o),
+        muon(ns_steps=4, preconditioning="aol", nesterov=False),
+        settings="preconditioning='aol' there, nesterov=False",
         problem=MATRIX,
     ),
 )

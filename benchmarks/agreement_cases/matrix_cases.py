@@ -10,11 +10,13 @@ import torch
 from poise.optim import NAMO, NAMOD, SOAP, AuON, HybridAuON, Muon, PolarGrad, TurboMuon
 
 from .case import MATRICES, Absent, Case, Problem, stepping
-from .torch_cases import IN_BFLOAT16, SHORT
+from .package_cases import ARBITRARY
+from .torch_cases import IN_BFLOAT16, SHORT, widened
 
 MATRIX = Problem(MATRICES)
 SINGLE = Problem(MATRICES, dtype=torch.float32)
 CONVOLUTION = Problem(((6, 4, 3, 3), (12, 2, 3, 3)), steps=20, dtype=torch.float32)
+SQUARE = Problem(((10, 10), (16, 16)), dtype=torch.float32)
 AUON = {"lr": 0.05, "weight_decay": 0.1}
 NAMO_SETTINGS = {"lr": 0.05, "momentum": 0.95, "mu2": 0.99}
 
@@ -58,7 +60,7 @@ def namo(cls: Any, name: str, reference: str, note: str) -> Case:
     )
 
 
-def auon(cls: Any, name: str, reference: str, bound: float, **settings: Any) -> Case:
+def auon(cls: Any, name: str, reference: str, bound: float, note: str, **settings: Any) -> Case:
     return Case(
         name,
         "ryyzn9/AuON",
@@ -67,7 +69,7 @@ def auon(cls: Any, name: str, reference: str, bound: float, **settings: Any) -> 
         stepping(lambda p, m: getattr(m, reference)(p, **AUON)),
         bound,
         ", ".join(["variant='raw'", *(f"{key}={value!r}" for key, value in settings.items())]),
-        "rounding; the paper's form is variant='unit', for which there is no code",
+        f"{note}. The paper's form is variant='unit', for which there is no code",
         MATRIX,
     )
 
@@ -98,6 +100,7 @@ def soap(bound: float, settings: str, note: str, ours: dict[str, Any], theirs: d
         f"form='full'{settings}",
         note,
         problem,
+        1e-7 if note == ARBITRARY else 0.0,
     )
 
 
@@ -117,11 +120,22 @@ CASES = (
         "muon",
         "KellerJordan/Muon",
         "SingleDeviceMuon",
+        stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o)),
+        widened(stepping(release)),
+        1e-6,
+        "method='ns5'; bfloat16 there replaced by float64",
+        "the reference adds 1e-7 to the norm that it divides by",
+        MATRIX,
+    ),
+    Case(
+        "muon",
+        "KellerJordan/Muon",
+        "SingleDeviceMuon",
         stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", scale_rule="none", **o)),
         stepping(release),
         5e-2,
         "method='ns5', scale_rule='none', convolutions",
-        f"{IN_BFLOAT16}. The reference takes the scale of a convolution from its kernel, where it is 1 for a square one; poise's "
+        f"{IN_BFLOAT16}. The reference takes the scale of a convolution from its kernel, 1 for a square one; poise's "
         "default takes it from the matrix of outputs by inputs",
         CONVOLUTION,
     ),
@@ -133,15 +147,16 @@ CASES = (
         stepping(turbo),
         0.3,
         "in the place of torch's Newton-Schulz",
-        "other coefficients: this commit has those of an earlier release, in bfloat16, with kernels for a GPU that are replaced "
-        "by their products here. The current ones are compared through optax",
+        "other coefficients: this commit has those of an earlier release, in bfloat16, with kernels for a GPU, replaced by "
+        "their products here. The current ones are compared through optax",
         SHORT,
     ),
-    soap(1e-3, "", "float32 bases", {}, {}, SINGLE),
+    soap(1e-3, "", "rounding of float32, in eigenvectors and QR", {}, {}, SQUARE),
+    soap(0.6, "", ARBITRARY, {}, {}, SINGLE),
     soap(
         1e-3,
         ", one side, normalized",
-        "float32 bases",
+        "rounding of float32, in eigenvectors and QR",
         {"max_precond_dim": 9, "normalize_grads": True},
         {"max_precond_dim": 9, "normalize_grads": True},
         Problem(((12, 8), (8, 12)), dtype=torch.float32),
@@ -152,8 +167,15 @@ CASES = (
     polargrad(1e-10, "rounding", inner_steps=2),
     namo(NAMO, "namo", "NAMO", "the reference takes the SVD, and its statistic, in float32"),
     namo(NAMOD, "namo-d", "NAMO_D", "the reference takes the SVD, and its statistics, in float32"),
-    auon(AuON, "auon", "AuON", 1e-13),
-    auon(HybridAuON, "hybrid-auon", "HybridAuON", 1e-4, method="ns5"),
+    auon(AuON, "auon", "AuON", 1e-13, "rounding"),
+    auon(
+        HybridAuON,
+        "hybrid-auon",
+        "HybridAuON",
+        1e-6,
+        "the reference adds 1e-7 to the norm that Newton-Schulz divides by",
+        method="ns5",
+    ),
 )
 
 ABSENT = (

@@ -10,15 +10,14 @@ HEAD = ("method", "reference", "version", "settings", "dtype", "steps", "differe
 INTRODUCTION = """\
 # Agreement with reference code
 
-Each line runs an optimizer of poise and its reference with the same settings, from the same weights, on the same gradients, and
-gives the largest difference between their weights: over all entries and steps, `max |w - w'| / max |w' - w'_0|`, relative to how
-far the reference moved. Gradients are drawn anew in every step and also depend on the weights, so that an error grows as it does in
-training. Weights are matrices higher than wide, wider than high and square, a vector and a convolution, or what of these the
-reference takes; the settings are those in the table, and otherwise the defaults that both share.
+Each line runs a rule of poise and its reference with the same settings, from the same weights, on the same gradients, and gives
+the largest difference between their weights: over all entries and steps, `max |w - w'| / max |w' - w'_0|`, relative to how far
+the reference moved. Gradients are drawn anew in every step and also depend on the weights, so that an error grows as it does
+in training. Weights are matrices higher than wide, wider than high and square, a vector and a convolution, or what of these
+the reference takes. Settings that are not named are the same on both sides.
 
-`python benchmarks/agreement.py --official DIR --page docs/agreement.md` makes this page;
-[benchmarks](https://github.com/poise-optim/poise/blob/main/benchmarks/README.md) says where to get the repositories. A line above
-its bound makes the command fail.
+`python benchmarks/agreement.py --official DIR --page docs/agreement.md` makes this page; the README of that folder says where
+to get the repositories. A difference above its bound makes the command fail.
 """
 
 
@@ -42,11 +41,18 @@ def page(whole: dict[str, Any]) -> str:
     for row in found:
         where = f"{row['source']} {row['version']}, `{row['reference']}`"
         cells = (row["rule"], where, code(row["settings"]), f"{row['dtype']}, {row['steps']}")
-        lines.append(f"| {' | '.join((*cells, number(row['difference']), number(row['bound']), row['note']))} |")
+        lines.append(f"| {' | '.join((*cells, number(row['difference']), number(row['bound']), why(row)))} |")
     lines += ["", "## Not run", "", "| method | code | why |", "|---|---|---|"]
     lines += [f"| {row['rule']} | {row['source']} | {row['failed']} |" for row in whole["rows"] if row["difference"] is None]
     lines += [f"| {row['rule']} | {row['source']} | {row['why']} |" for row in whole["absent"]]
     return "\n".join(lines) + "\n"
+
+
+def why(row: dict[str, Any]) -> str:
+    if row["sensitivity"] is None:
+        return row["note"]
+    nudge, moved = row["sensitivity"]["nudge"], number(row["sensitivity"]["difference"])
+    return f"{row['note']}. With its first gradients off by {nudge:.0e}, the reference comes out {moved} from itself"
 
 
 def code(settings: str) -> str:

@@ -75,6 +75,7 @@ REPOSITORIES = {
         "2025b6e36030b0e7f501a8c4d9a80717205bd740",
         "utils.py",
         {"utils.py": "05393892d13816898e5fcbb364f90612e4b2ef3b"},
+        stubs=("einops", "tqdm"),
     ),
     "Rose-STL-Lab/Teleportation-Optimization": Repository(
         "d60eac04e974dddd0c5b8fcef915f57cc18d7a20",

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import torch
 
@@ -47,23 +48,27 @@ class Missing(Exception):
     """A reference that is not there."""
 
 
-def load(source: str, official: Path | None) -> tuple[Any, str]:
-    """A reference's module and its version, or `Missing`."""
+@contextmanager
+def reference(source: str, official: Path | None) -> Iterator[tuple[Any, str]]:
+    """A reference's module and its version, or `Missing`; while it lasts, a repository's files find each other."""
     if source in PACKAGES:
-        return _package(source)
+        yield _package(source)
+        return
     from .repositories import REPOSITORIES
 
     repository = REPOSITORIES[source]
     if official is None:
         raise Missing("give a folder of checkouts with --official")
-    folder = official / source.replace("/", "+")
-    if not (folder / repository.file).is_file():
+    file = official / source.replace("/", "+") / repository.file
+    if not file.is_file():
         raise Missing(f"no checkout of {source} in the folder of --official")
     for package in repository.needs:
         if importlib.util.find_spec(package) is None:
             raise Missing(f"needs {package}, which is not installed")
-    same = all(_blob(folder / path) == blob for path, blob in repository.blobs.items())
-    return _file(folder / repository.file, repository.stubs), repository.commit[:7] if same else "of another commit"
+    root = official / source.replace("/", "+")
+    same = all(_blob(root / path) == blob for path, blob in repository.blobs.items())
+    with _beside(file.parent, repository.stubs):
+        yield _file(file), repository.commit[:7] if same else "of another commit"
 
 
 def _package(source: str) -> tuple[Any, str]:
@@ -88,59 +93,49 @@ def _blob(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _file(path: Path, stubs: Sequence[str]) -> Any:
-    """Import a file whose siblings it may import by name; nothing of it stays in `sys.modules`."""
+def _file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"official_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with _beside(path.parent, stubs):
-        spec.loader.exec_module(module)
-        for name in ("qdwh", "newton_schulz", "zolopd"):  # imported later, inside functions
-            if (path.parent / f"{name}.py").is_file():
-                importlib.import_module(name)
-        module.siblings = {  # pyright: ignore[reportAttributeAccessIssue]
-            name: found
-            for name, found in sys.modules.items()
-            if str(getattr(found, "__file__", "")).startswith(str(path.parent))
-        }
+    spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
 def _beside(folder: Path, stubs: Sequence[str]) -> Iterator[None]:
-    known = dict(sys.modules)
+    """Files of a folder import each other by name, and nothing of it stays; what they compile for a GPU runs as it is."""
+    known = {name: sys.modules.get(name) for name in stubs}
     sys.path.insert(0, str(folder))
-    compiled = torch.compile
-    torch.compile = _uncompiled  # they compile for a GPU
     try:
-        for name in stubs:
-            sys.modules[name] = _Stub(name)
-        yield
+        sys.modules.update(dict.fromkeys(stubs, cast("types.ModuleType", Nothing)))
+        with mock.patch.object(torch, "compile", _uncompiled):
+            yield
     finally:
-        torch.compile = compiled
         sys.path.remove(str(folder))
-        for name in set(sys.modules) - set(known):
-            origin = str(getattr(sys.modules[name], "__file__", ""))
-            if name in stubs or origin.startswith(str(folder)):
+        for name, module in list(sys.modules.items()):
+            if name in stubs or str(getattr(module, "__file__", "")).startswith(str(folder)):
                 del sys.modules[name]
-        sys.modules.update({name: known[name] for name in stubs if name in known})
+        sys.modules.update({name: module for name, module in known.items() if module is not None})
 
 
 def _uncompiled(model: Any = None, **_: Any) -> Any:
     return model if model is not None else lambda function: function
 
 
-class _Stub(types.ModuleType):
-    """A module that has every name; what is asked of it does nothing, and serves as a decorator and a base class."""
-
-    def __getattr__(self, name: str) -> Any:
+class _Any(type):
+    def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(
-            name, (), {"register_module": staticmethod(lambda *_, **__: lambda cls: cls), "__class_getitem__": _anything}
-        )
+        return Nothing
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls
 
 
-@classmethod
-def _anything(cls: type, _: Any) -> type:
-    return cls
+class Nothing(metaclass=_Any):
+    """Stands for a module that is imported and not needed, and for all in it: base classes, decorators, type hints."""
+
+    def __new__(cls, *args: Any, **_: Any) -> Any:
+        if cls is Nothing:
+            return args[0] if args and callable(args[0]) else Nothing
+        return super().__new__(cls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -10,11 +11,21 @@ from torch import nn
 from poise.optim import SGD, AdamW, BrakedSGD, Muon
 from poise.training import EMA, WeightNorm, reparameterize
 
-from .case import MATRICES, Case, Problem, Trajectory, copies, stepping
+from .case import MATRICES, Case, Problem, Side, Trajectory, copies, stepping
 
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 SHORT = Problem(MATRICES, steps=20, dtype=torch.float32)
 IN_BFLOAT16 = "the reference iterates Newton-Schulz in bfloat16, poise on a CPU in float32"
+
+
+def widened(side: Side) -> Side:
+    """The same run without its casts to bfloat16."""
+
+    def run(problem: Problem, module: Any) -> Trajectory:
+        with mock.patch.object(torch.Tensor, "bfloat16", lambda self: self):
+            return side(problem, module)
+
+    return run
 
 
 def sgd(label: str, **settings: Any) -> Case:
@@ -101,6 +112,16 @@ CASES = (
         1e-13,
         "decay='l2'",
     ),
+    Case(
+        "adamw",
+        "torch",
+        "optim.AdamW",
+        stepping(lambda p, o: AdamW(p, decay="independent", **{**ADAM, "weight_decay": 1e-3}, **o), schedule=True),
+        stepping(lambda p, m: m.optim.AdamW(p, **ADAM), schedule=True),
+        1e-13,
+        "decay='independent', linear schedule",
+        "rounding; the paper's decay 0.001 is torch's 0.1 at lr 0.01",
+    ),
     sgd("plain, l2 decay", weight_decay=0.1),
     sgd("momentum", momentum=0.9, weight_decay=0.1),
     sgd("momentum, nesterov", momentum=0.9, weight_decay=0.1, nesterov=True),
@@ -125,6 +146,16 @@ CASES = (
         "method='ns5'",
         IN_BFLOAT16,
         SHORT,
+    ),
+    Case(
+        "muon",
+        "torch",
+        "optim.Muon",
+        stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o)),
+        widened(stepping(lambda p, m: m.optim.Muon(p, lr=0.02, weight_decay=0.1))),
+        1e-13,
+        "method='ns5'; bfloat16 there replaced by float64",
+        problem=Problem(MATRICES),
     ),
     Case(
         "muon",
