@@ -15,6 +15,7 @@ from .package_cases import LION
 from .torch_cases import ADAM
 
 MATRIX = Problem(MATRICES)
+ADDED = "the reference adds 1e-8 to the norm that it divides by"
 
 
 def transformed(make: Callable[[Any], Any]) -> Side:
@@ -113,8 +114,10 @@ CASES = (
         "contrib.muon",
         lambda p, o: TrustRegion(p, lr=0.02, weight_decay=0.1, method="ns5", start="zeros", **o),
         muon(nesterov=False),
-        settings="norm='spectral', method='ns5', start='zeros'",
-        problem=MATRIX,
+        1e-7,
+        "norm='spectral', method='ns5', start='zeros'",
+        note=f"{ADDED}. Matrices that are not higher than wide, whose scale is 1 in the reference",
+        problem=Problem(((8, 12), (10, 10))),
     ),
     case(
         "opt-amsgrad",
@@ -129,7 +132,9 @@ CASES = (
         "contrib.muon",
         lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", nesterov=False, **o),
         muon(nesterov=False),
-        settings="method='ns5', nesterov=False",
+        1e-7,
+        "method='ns5', nesterov=False",
+        note=ADDED,
         problem=MATRIX,
     ),
     case(
@@ -138,7 +143,7 @@ CASES = (
         lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o),
         muon(),
         0.1,
-        settings="method='ns5', nesterov=True",
+        "method='ns5', nesterov=True",
         note="the reference corrects the bias of momentum and gradient apart before it mixes them, which turns the first "
         "directions; the author's release and torch do not",
         problem=MATRIX,
@@ -148,7 +153,9 @@ CASES = (
         "contrib.muon",
         lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="dyn5", nesterov=False, **o),
         muon(ns_coeffs="dion", nesterov=False),
-        settings="method='dyn5', nesterov=False",
+        1e-7,
+        "method='dyn5', nesterov=False",
+        note=ADDED,
         problem=MATRIX,
     ),
     case(

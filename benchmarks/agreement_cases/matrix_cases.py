@@ -111,7 +111,7 @@ CASES = (
         "SingleDeviceMuon",
         stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o)),
         stepping(release),
-        5e-2,
+        3e-2,
         "method='ns5'",
         IN_BFLOAT16,
         SHORT,
@@ -133,7 +133,7 @@ CASES = (
         "SingleDeviceMuon",
         stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", scale_rule="none", **o)),
         stepping(release),
-        5e-2,
+        3e-2,
         "method='ns5', scale_rule='none', convolutions",
         f"{IN_BFLOAT16}. The reference takes the scale of a convolution from its kernel, 1 for a square one; poise's "
         "default takes it from the matrix of outputs by inputs",
@@ -145,7 +145,7 @@ CASES = (
         "newton_schulz_triton_aol",
         stepping(lambda p, o: TurboMuon(p, lr=0.02, weight_decay=0.1, **o)),
         stepping(turbo),
-        0.3,
+        6e-2,
         "in the place of torch's Newton-Schulz",
         "other coefficients: this commit has those of an earlier release, in bfloat16, with kernels for a GPU, replaced by "
         "their products here. The current ones are compared through optax",
@@ -181,5 +181,4 @@ CASES = (
 ABSENT = (
     Absent("lanton", "none", "no code of the authors was found; nothing is compared"),
     Absent("trust-region", "none", "no code of the authors was found; two special cases are compared with optax"),
-    Absent("drop-muon", "none", "no code of the authors was found; nothing is compared"),
 )

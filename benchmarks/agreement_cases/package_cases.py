@@ -76,7 +76,7 @@ CASES = (
                 p, lr=0.02, weight_decay=0.1, nesterov=True, adjust_lr_fn="original", ns_coefficients="original"
             )
         ),
-        5e-2,
+        3e-2,
         "method='ns5'",
         IN_BFLOAT16,
         SHORT,
@@ -112,7 +112,7 @@ CASES = (
         "Muon",
         stepping(lambda p, o: Muon(p, lr=0.02, method="ns5", **o)),
         stepping(lambda p, m: m.Muon([{"params": p, "use_muon": True}], lr=0.02, weight_decay=0.0)),
-        5e-2,
+        3e-2,
         "method='ns5'",
         IN_BFLOAT16,
         SHORT,

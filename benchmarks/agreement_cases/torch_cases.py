@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from poise.optim import SGD, AdamW, BrakedSGD, Muon
+from poise.optim import SGD, AdamW, BrakedSGD, Muon, Optimizer, chain, clip, momentum
 from poise.training import EMA, WeightNorm, reparameterize
 
 from .case import MATRICES, Case, Problem, Side, Trajectory, copies, stepping
@@ -38,6 +38,15 @@ def sgd(label: str, **settings: Any) -> Case:
         1e-13,
         label,
     )
+
+
+def clipped_by_torch(problem: Problem, module: Any) -> Trajectory:
+    class Clipping(module.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            module.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 30.0)
+            return super().step(closure)
+
+    return stepping(lambda p, _: Clipping(p, lr=0.05, momentum=0.9))(problem, module)
 
 
 def averaged(problem: Problem, options: Any) -> Trajectory:
@@ -142,7 +151,7 @@ CASES = (
         "optim.Muon",
         stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", **o)),
         stepping(lambda p, m: m.optim.Muon(p, lr=0.02, weight_decay=0.1)),
-        5e-2,
+        3e-2,
         "method='ns5'",
         IN_BFLOAT16,
         SHORT,
@@ -163,10 +172,20 @@ CASES = (
         "optim.Muon",
         stepping(lambda p, o: Muon(p, lr=0.02, weight_decay=0.1, method="ns5", scale_rule="match_rms", **o)),
         stepping(lambda p, m: m.optim.Muon(p, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")),
-        5e-2,
+        3e-2,
         "method='ns5', scale_rule='match_rms'",
         IN_BFLOAT16,
         SHORT,
+    ),
+    Case(
+        "clip",
+        "torch",
+        "nn.utils.clip_grad_norm_",
+        stepping(lambda p, o: Optimizer(p, chain(clip(30.0), momentum(0.9)), lr=0.05, **o)),
+        clipped_by_torch,
+        1e-6,
+        "at 30, over SGD with momentum",
+        "the reference adds 1e-6 to the norm that it divides by",
     ),
     Case("ema", "torch", "optim.swa_utils.AveragedModel", averaged, averaged_by_torch, 1e-13, "p=0.1, over SGD"),
     Case(

@@ -244,7 +244,7 @@ CASES = (
         "group_action",
         teleported(mixed),
         teleported(mixed_by_authors),
-        1e-8,
+        1e-11,
         "group='data', project=True; 8 units, 30 inputs",
         "rounding, times the condition of the pseudo-inverse. Only the action: the authors' loop over layers keeps activations "
         "of before the lower layers moved, which moves the loss, and is not followed",
@@ -276,12 +276,20 @@ CASES = (
     ),
 )
 
+NONE = "no code of the authors was found"
+
 ABSENT = (
-    Absent("usam", "none", "no code of the authors was found; SAM, which shares all but the length of the ascent, is compared"),
+    Absent("usam", "none", f"{NONE}; SAM, which shares all but the length of the ascent, is compared"),
+    Absent("dnsam", "none", f"{NONE}; SAM, which shares all but the length of the ascent, is compared"),
+    Absent("drop-muon", "none", f"{NONE}; nothing is compared"),
+    Absent("delayed", "none", f"{NONE}; nothing is compared"),
+    Absent("optimal-input-gain", "none", f"{NONE}; nothing is compared"),
+    Absent("mean-only-batch-norm", "openai/weightnorm", "Theano and TensorFlow of 2016; nothing is compared"),
     Absent(
         "implicit-map",
         "gianlucabencomo/implicitMAP",
-        "its Adam has one constant factor in the place of bias correction: poise drives any optimizer, whose own row stands above",
+        "its Adam, which has one constant factor in the place of bias correction: poise drives any optimizer, and theirs is none "
+        "of poise's",
     ),
-    Absent("weight-conditioning", "none", "no code of the authors was found; nothing is compared"),
+    Absent("weight-conditioning", "none", f"{NONE}; nothing is compared"),
 )
