@@ -67,7 +67,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def compare(case: Case, official: Path | None = None, backend: str = "auto") -> Entry:
-    """What was found: status "agrees", "broken" (the bound), "missing" (the reference) or "failed" (it, or poise, raised)."""
+    """What was found.
+
+    The status is "agrees", "broken" (the bound), "differs" (on purpose), "missing" (the reference) or "failed" (it, or poise).
+    """
     problem = case.problem
     entry: Entry = {
         "rule": case.rule,
@@ -91,7 +94,10 @@ def compare(case: Case, official: Path | None = None, backend: str = "auto") -> 
                 nudged = case.theirs(dataclasses.replace(problem, nudge=case.nudge), module)
                 entry["sensitivity"] = {"nudge": case.nudge, "difference": difference(nudged, theirs)}
         entry["difference"] = difference(case.ours(problem, {"backend": backend}), theirs)
-        entry["status"] = "agrees" if entry["difference"] <= case.bound else "broken"
+        if case.bound is None:
+            entry["status"] = "differs"
+        else:
+            entry["status"] = "agrees" if entry["difference"] <= case.bound else "broken"
     except Missing as missing:
         entry["failed"] = str(missing)
     except Exception as error:  # of code that is not ours; the other rows are still to come

@@ -110,7 +110,7 @@ class Case:
         source: where the reference is from: a key of `sources.PACKAGES` or `sources.REPOSITORIES`.
         reference: what in it.
         ours, theirs: the two runs, given the options of poise's optimizer and the imported module.
-        bound: on the largest relative difference.
+        bound: on the largest relative difference; None where poise follows the paper, or chooses another default, on purpose.
         settings: those that are not defaults, for the reader.
         note: why the difference is what it is, and where the two differ beyond these settings.
         nudge: if not 0, the reference also runs against itself with its first gradients off by so much.
@@ -121,7 +121,7 @@ class Case:
     reference: str
     ours: Side
     theirs: Side
-    bound: float
+    bound: float | None
     settings: str = ""
     note: str = "rounding"
     problem: Problem = field(default_factory=Problem)

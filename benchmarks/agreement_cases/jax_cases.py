@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,7 @@ def transformed(make: Callable[[Any], Any]) -> Side:
     """The side of a gradient transformation of optax."""
 
     def run(problem: Problem, optax: Any) -> Trajectory:
-        import jax  # pyright: ignore[reportMissingImports]
-
+        jax: Any = importlib.import_module("jax")
         jax.config.update("jax_enable_x64", True)
         weights = [jax.numpy.asarray(p.detach().numpy()) for p in problem.start()]
         transformation = make(optax)

@@ -34,7 +34,7 @@ def metric(variant: str, reference: str, loss: bool = False, **settings: Any) ->
         "induced-metric",
         METRIC,
         reference,
-        stepping(lambda p, o: InducedMetric(p, variant=variant, **settings, **o), closure=loss),  # pyright: ignore[reportArgumentType]
+        stepping(lambda p, o: InducedMetric(p, variant=variant, **settings, **o), closure=loss),
         stepping(theirs, closure=loss),
         1e-13,
         f"variant={variant!r}",
@@ -52,21 +52,20 @@ class _Told:
         self.opt.step(closure())
 
 
-def optimistic(problem: Problem, options: Any) -> Trajectory:
-    """Poise's rule with the same prediction in every step, there before the first, and Adam's correction in lr."""
+def optimistic(problem: Problem, options: Any, plain: bool = False) -> Trajectory:
+    """Poise's rule with one prediction for every step, there before the first; unless `plain`, Adam's correction is in lr."""
     params = problem.start()
     opt = OptAMSGrad(params, predictor="fed", **OPTIMISTIC, **options)
     b1, b2 = OPTIMISTIC["betas"]
     expected = problem.gradients(-1, params)
+    for p, value in zip(params, expected, strict=True):  # the reference holds the first gradient, too, against a prediction
+        opt.state[p]["prediction"].copy_(value)
     found = [copies(params)]
     for t in range(problem.steps):
         problem.set_gradients(t, params)
-        opt.param_groups[0]["lr"] = OPTIMISTIC["lr"] * math.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
+        if not plain:
+            opt.param_groups[0]["lr"] = OPTIMISTIC["lr"] * math.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
         opt.feed(prediction=expected)
-        if t == 0:  # the reference holds the first gradient, too, against the prediction made after it
-            opt.state_dict()
-            for p, value in zip(params, expected, strict=True):
-                opt.state[p]["prediction"] = value.clone()
         opt.step()
         found.append(copies(params))
     return found
@@ -136,11 +135,36 @@ CASES = (
         "share memory with the iterate, and which needs functions that torch no longer has",
         Problem(dtype=torch.float32),
     ),
+    Case(
+        "opt-amsgrad",
+        "Hintonthu/optimistic-amsgrad",
+        "Optadam_torch",
+        lambda problem, options: optimistic(problem, options, plain=True),
+        optimistic_by_author,
+        None,
+        "predictor='fed'",
+        "as above, without the bias correction that is in the reference and not in the paper",
+        Problem(dtype=torch.float32),
+    ),
+    Case(
+        "adam-mini",
+        "zyushun/Adam-mini",
+        "Adam_mini",
+        stepping(lambda p, o: AdamMini(p, lr=1e-2, **o)),
+        stepping(lambda p, m: m.Adam_mini(p, lr=1e-2, dim=16, n_heads=4, verbose=False)),
+        None,
+        "names that the reference does not know",
+        "a matrix is one block there, which it warns is unstable, and a block for each row here",
+        Problem(((12, 8), (8, 12)), ("first.weight", "second.weight")),
+    ),
 )
 
 ABSENT = (
-    Absent("adamw", "loshchil/AdamW-and-SGDW", "Lua Torch; it adds eps before bias correction. Compared with four others"),
-    Absent("signum", "none", "the authors' code is part of a framework no longer built; compared with two others"),
+    Absent(
+        "adamw",
+        "loshchil/AdamW-and-SGDW",
+        "Lua Torch, which adds eps before bias correction; compared with torch, timm, heavyball and optax",
+    ),
     Absent("stosignsgd", "none", "no code of the authors was found; max_beta=0, the plain sign, is compared with optax"),
     Absent("braked-sgd", "none", "no code of the authors was found; rho=0, plain momentum, is compared with torch"),
     Absent("experimental-adaptive-memory", "none", "no code of the authors was found; nothing is compared"),

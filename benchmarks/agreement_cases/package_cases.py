@@ -82,14 +82,6 @@ CASES = (
         SHORT,
     ),
     Case(
-        "adamw",
-        "pytorch_optimizer",
-        "AdamW",
-        stepping(lambda p, o: AdamW(p, **ADAM, **o)),
-        stepping(lambda p, m: m.AdamW(p, **ADAM)),
-        1e-13,
-    ),
-    Case(
         "lion",
         "pytorch_optimizer",
         "Lion",
