@@ -69,7 +69,7 @@ def line(row: dict[str, Any], *last: str) -> str:
 
 def why(row: dict[str, Any]) -> str:
     if row["sensitivity"] is None:
-        return row["note"]
+        return row["note"].replace("rounding", "equal bit for bit", 1) if row["difference"] == 0 else row["note"]
     nudge, moved = row["sensitivity"]["nudge"], number(row["sensitivity"]["difference"])
     return f"{row['note']}. With its first gradients off by {nudge:.0e}, the reference comes out {moved} from itself"
 
