@@ -67,7 +67,7 @@ class Row:
         """The optimizer's class, its library imported."""
         if self.library == "timm":
             for package in ("timm", "timm.optim"):
-                _bare(package)
+                bare(package)
         return getattr(importlib.import_module(self.module), self.cls)
 
     def make(self, params: list[Parameter]) -> torch.optim.Optimizer:
@@ -77,7 +77,7 @@ class Row:
         return self.load()(given, **self.settings)
 
 
-def _bare(package: str) -> None:
+def bare(package: str) -> None:
     """Register a package without running its __init__: timm's imports torchvision, for which its optimizers have no use."""
     if package in sys.modules:
         return

@@ -1,0 +1,27 @@
+"""All comparisons of `agreement.py`, by where the reference comes from."""
+
+from __future__ import annotations
+
+from . import (
+    jax_cases,
+    matrix_cases,
+    model_cases,
+    muon_cases,
+    official_cases,
+    package_cases,
+    torch_cases,
+    training_cases,
+)
+from .case import Absent, Case
+
+CASES: tuple[Case, ...] = (
+    *torch_cases.CASES,
+    *package_cases.CASES,
+    *jax_cases.CASES,
+    *official_cases.CASES,
+    *muon_cases.CASES,
+    *matrix_cases.CASES,
+    *training_cases.CASES,
+    *model_cases.CASES,
+)
+ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT)
