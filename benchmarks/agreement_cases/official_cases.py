@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poise.optim import AdamMini, InducedMetric, Lion, LionK, OptAMSGrad
+from poise.optim.rules.inducedmetric import Variant
 
 from .case import Absent, Case, Problem, Trajectory, copies, stepping
 from .package_cases import LION
@@ -23,7 +24,7 @@ NETWORK = Problem(
 )
 
 
-def metric(variant: str, reference: str, loss: bool = False, **settings: Any) -> Case:
+def metric(variant: Variant, reference: str, loss: bool = False, **settings: Any) -> Case:
     settings = {"lr": 0.05, "xi": 0.01, "weight_decay": 0.1, **settings}
 
     def theirs(params: Any, module: Any) -> Any:

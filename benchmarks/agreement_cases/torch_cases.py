@@ -15,7 +15,10 @@ from .case import MATRICES, Case, Problem, Side, Trajectory, copies, stepping
 
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 SHORT = Problem(MATRICES, steps=20, dtype=torch.float32)
-IN_BFLOAT16 = "the reference iterates Newton-Schulz in bfloat16, poise on a CPU in float32"
+IN_BFLOAT16 = (
+    "the reference iterates Newton-Schulz in bfloat16; poise in float32, or where the processor multiplies bfloat16, in that "
+    "with other roundings"
+)
 
 
 def widened(side: Side) -> Side:
