@@ -1,4 +1,5 @@
-"""Pages of the documentation that are made: the catalog, a page for each method, the schema of results, and CONTRIBUTING.md.
+"""Pages of the documentation that are made: the catalog, a page for each method, the schema of results, the reports of the
+league's comparisons, and CONTRIBUTING.md.
 
 mkdocs calls `on_files` once in each build (`hooks:` in mkdocs.yml). A method that enters the catalog is thereby documented.
 """
@@ -123,12 +124,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the made pages to those that mkdocs has found."""
     from mkdocs.structure.files import File
 
+    from poise.compare import report
     from poise.compare.results import Results
 
     contributing = Path(config.config_file_path).parent / "CONTRIBUTING.md"
     files.append(File.generated(config, "contributing.md", abs_src_path=str(contributing)))
     schema = Results.model_json_schema(mode="serialization")
     files.append(File.generated(config, "results.md", content=results_page(schema)))
+    for found in sorted(Path(config.docs_dir, "results").glob("*.json")):
+        page = report.render(Results.read(found))
+        files.append(File.generated(config, f"results/{found.stem}-report.html", content=page))
     entries = methods()
     files.append(File.generated(config, "catalog.md", content=catalog_page(entries)))
     for entry in entries:

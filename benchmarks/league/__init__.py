@@ -1,0 +1,1 @@
+"""The league table: every rule of the catalog weighed on small tasks, and what became of what was published about them."""
