@@ -72,15 +72,18 @@ class adaptive_memory(Transform):
         return known | {"beta": float(hyper["beta"])} if self.fixed else known
 
     def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
-        return self.products(u, state, k, 1.0)
+        return self.products(u, state, k)
 
-    def products(self, u: Tensor, state: State, k: Context, scale: Tensor | float) -> dict[str, Tensor]:
+    def products(self, u: Tensor, state: State, k: Context, scale: Tensor | None = None) -> dict[str, Tensor]:
         """The sums that beta is made of; `scale` is what the step multiplies d with, beside lr."""
         g = u.double()
         d = state["momentum_buffer"].double() + k.begins * g
-        gap, weight = g - d, k.lr * scale
-        products = {"gap": gap * gap, "gap_g": gap * g, "gap_d": gap * d, "memory": d * d}
-        return {name: (weight * product).sum() for name, product in products.items()}
+        gap = g - d
+        weighed = gap if scale is None else scale * gap
+        products = {"gap": weighed * gap, "gap_g": weighed * g, "gap_d": weighed * d}
+        if self.needs_loss:
+            products["memory"] = d * d if scale is None else scale * d * d
+        return {name: k.lr * product.sum() for name, product in products.items()}
 
     def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
         above = torch.zeros_like(totals["gap"])
