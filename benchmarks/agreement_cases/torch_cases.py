@@ -88,7 +88,10 @@ def normed(problem: Problem, normalize: Any) -> Trajectory:
             layer.get_parameter("weight").copy_(w)
     normalize(layers)
     stored = [p for layer in layers for name, p in layer.named_parameters() if name != "bias"]
-    used = lambda: [layer.get_submodule("parametrizations.weight")() for layer in layers]  # noqa: E731
+
+    def used() -> list[torch.Tensor]:
+        return [layer.get_submodule("parametrizations.weight")() for layer in layers]
+
     found = [copies(used())]
     for t in range(problem.steps):
         now = used()
