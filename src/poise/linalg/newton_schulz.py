@@ -2,6 +2,9 @@
 
 One step is `X <- a X + (b A + c A^2) X` with `A = X X^T`. It sends each singular value s to `a s + b s^3 + c s^5` and leaves
 the singular vectors alone, so one method differs from another only in its triples (a, b, c) and in how it starts.
+
+`A` is taken on the shorter side: of a tall matrix it is `X^T X`, and everything else stands mirrored, `X <- a X + X (b A + c A^2)`.
+To transpose the matrix instead, there and back, would take as long as one of the products.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class NewtonSchulz:
         return [*chosen, *[self.triples[-1]] * (steps - len(chosen))]
 
     def __call__(self, X: Tensor, steps: int | None, form: Form, dtype: torch.dtype) -> Tensor:
-        """`X`: a batch of wide matrices, zero or with a largest entry of at least 1, in float32 or float64."""
+        """`X`: a batch of matrices, each zero or with a largest entry of at least 1, in float32 or float64."""
         schedule = self.schedule(self.steps if steps is None else steps)
         # Only zero has a norm below 1 here.
         X = (X / (self.margin * torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1.0))).to(dtype)
@@ -48,16 +51,26 @@ class NewtonSchulz:
         single = len(X) == 1
         if single:  # a plain product has less to set up than a batch of one
             X = X[0]
-        A = X @ X.mT
+        A = gram_matrix(X)
         if self.start == "aol":
             s = almost_orthogonal_rows(A)
-            X, A = s * X, s * A * s.mT
-        wide = X.shape[-1] >= 2 * X.shape[-2] and dtype != torch.bfloat16
-        if form == "gram" or (form == "auto" and wide):
+            X, A = X * (s.mT if is_tall(X) else s), s * A * s.mT
+        uneven = max(X.shape[-2:]) >= 2 * min(X.shape[-2:]) and dtype != torch.bfloat16
+        if form == "gram" or (form == "auto" and uneven):
             X = gram(X, A, schedule, restarts(len(schedule), dtype))
         else:
             X = plain(X, A, schedule)
         return X[None] if single else X
+
+
+def is_tall(X: Tensor) -> bool:
+    """Whether the columns are the shorter side."""
+    return X.shape[-2] > X.shape[-1]
+
+
+def gram_matrix(X: Tensor) -> Tensor:
+    """`X X^T`, of a tall matrix `X^T X`."""
+    return X.mT @ X if is_tall(X) else X @ X.mT
 
 
 def almost_orthogonal_rows(A: Tensor) -> Tensor:
@@ -87,11 +100,12 @@ def restarts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def plain(X: Tensor, A: Tensor, schedule: list[Triple]) -> Tensor:
-    """Every step on X itself; `A = X X^T` of the first one is given."""
+    """Every step on X itself; the Gram matrix A of the first one is given."""
     for i, (a, b, c) in enumerate(schedule):
         if i > 0:
-            A = X @ X.mT
-        X = _plus_product(X, _plus_product(A, A, A, b, c), X, a)
+            A = gram_matrix(X)
+        B = _plus_product(A, A, A, b, c)
+        X = _plus_product(X, X, B, a) if is_tall(X) else _plus_product(X, B, X, a)
     return X
 
 
@@ -99,7 +113,7 @@ def gram(X: Tensor, R: Tensor, schedule: list[Triple], restart_after: tuple[int,
     """The same steps on `R = X X^T` alone, while Q collects what X is multiplied by once per segment.
 
     With `Z = b R + c R^2` a step is `Q <- Q (a I + Z)`, `R <- (a I + Z) R (a I + Z)`. For rows r and columns c = rho r it costs
-    3 or 4 products of size r^3 where the plain one costs 1 + 2 rho: less from rho = 1.5.
+    3 or 4 products of size r^3 where the plain one costs 1 + 2 rho: less from rho = 1.5. (Of a tall matrix, r columns.)
     """
     Q: Tensor | None = None
     for i, (a, b, c) in enumerate(schedule, start=1):
@@ -110,9 +124,9 @@ def gram(X: Tensor, R: Tensor, schedule: list[Triple], restart_after: tuple[int,
         else:
             Q = _plus_product(Q, Q, Z, a)
         if i == len(schedule) or i in restart_after:
-            X, Q = Q @ X, None
+            X, Q = X @ Q.mT if is_tall(X) else Q @ X, None
         if i in restart_after:
-            R = X @ X.mT
+            R = gram_matrix(X)
         elif i < len(schedule):
             R = _plus_product(R, R, Z, a)
             R = _plus_product(R, Z, R, a)

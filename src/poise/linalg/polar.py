@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .newton_schulz import Form, NewtonSchulz, Triple
+from .newton_schulz import Form, NewtonSchulz, Triple, is_tall
 
 # On a CPU, matrices are worked on in chunks of about this many elements. Small ones gain by being multiplied as a batch (five
 # times at 32 x 32); from 256 x 512 on it gains nothing, and one matrix after the other stays in cache and needs less memory.
@@ -83,13 +83,11 @@ def orthogonalize(
         fast = M.dtype != torch.float64 and fast_bfloat16(M.device.type)
         dtype = torch.bfloat16 if fast else torch.promote_types(M.dtype, torch.float32)
 
-    tall = M.shape[-2] > M.shape[-1]
-    wide = M.mT if tall else M
-    batch = wide.reshape(-1, *wide.shape[-2:])
+    batch = M.reshape(-1, *M.shape[-2:])
     chunk = max(1, CHUNK // batch[0].numel()) if M.device.type == "cpu" else len(batch)
     done = [METHODS[method](near_one(part), steps, form, dtype) for part in batch.split(chunk)]
-    O = (done[0] if len(done) == 1 else torch.cat(done)).view(wide.shape)
-    return (O.mT if tall else O).to(M.dtype).contiguous()
+    O = (done[0] if len(done) == 1 else torch.cat(done)).reshape(M.shape)
+    return O.to(M.dtype).contiguous()
 
 
 def check_options(method: str, steps: int | None, form: str, dtype: torch.dtype | None) -> None:
@@ -147,7 +145,8 @@ class Exact:
     takes_steps: bool = True
 
     def __call__(self, X: Tensor, steps: int | None, form: Form, dtype: torch.dtype) -> Tensor:
-        return self.solve(X.to(torch.promote_types(dtype, torch.float32)), steps)
+        X = X.to(torch.promote_types(dtype, torch.float32))
+        return self.solve(X.mT, steps).mT if is_tall(X) else self.solve(X, steps)
 
 
 def qdwh(X: Tensor, steps: int | None) -> Tensor:

@@ -136,7 +136,7 @@ def shape_scaled(u: Tensor, p: Param, rule: ScaleRule) -> Tensor:
         return u
     factors = shape_factors(p, rule)
     if len(set(factors)) == 1:
-        return u * factors[0]
+        return u if factors[0] == 1.0 else u * factors[0]
     rows = [m for m, _ in matrices(p)]
     return u * torch.cat([u.new_full((m, 1), factor) for m, factor in zip(rows, factors, strict=True)])
 
