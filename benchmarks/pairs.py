@@ -61,16 +61,20 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
     return 2 * a.nbytes / statistics.median(seconds(lambda: b.copy_(a)) for _ in range(repeats)) / 1e9
 
 
-def newton_schulz_products(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, iterations: int = 5) -> float:
-    """Seconds for the matrix products alone that plain Newton-Schulz iterations need for matrices of these shapes.
+def newton_schulz_products(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, iterations: int) -> Step:
+    """The matrix products alone that plain Newton-Schulz iterations need for matrices of these shapes.
 
     With the short side first, each iteration multiplies `A = X X^T`, `A A` and `B X`.
     """
-    measured: dict[tuple[int, int], float] = {}
-    for rows, columns in shapes:
-        short, long = min(rows, columns), max(rows, columns)
-        if (short, long) not in measured:
-            X = torch.randn(short, long).to(dtype) / math.sqrt(long)
-            A = X @ X.mT
-            measured[short, long] = statistics.median(seconds(lambda X=X, A=A: (X @ X.mT, A @ A, A @ X)) for _ in range(5))
-    return iterations * sum(measured[min(shape), max(shape)] for shape in shapes)
+    sides = [(min(shape), max(shape)) for shape in shapes]
+    operands = {}
+    for short, long in set(sides):
+        X = torch.randn(short, long).to(dtype) / math.sqrt(long)
+        operands[short, long] = X, X @ X.mT
+
+    def step() -> None:
+        for X, A in (operands[side] for side in sides):
+            for _ in range(iterations):
+                _ = X @ X.mT, A @ A, A @ X
+
+    return step

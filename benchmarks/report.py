@@ -19,7 +19,8 @@ ADAMW_BYTES = 28.0
 MEASURED = (
     "ratio_to_torch_fused_adamw", "ratio_q1", "ratio_q3", "ratios_of_processes", "ns_per_param", "fused_ns_per_param",
     "state_bytes_per_param", "first_step_cold_s", "first_step_warm_s", "kernels", "rounds", "copy_gb_s", "trajectory_error",
-    "orthogonality_error", "ratio_to_torch_muon", "ratio_to_torch_muon_q1", "ratio_to_torch_muon_q3", "version",
+    "orthogonality_error", "ratio_to_torch_muon", "ratio_to_torch_muon_q1", "ratio_to_torch_muon_q3",
+    "ratio_to_products", "ratio_to_products_q1", "ratio_to_products_q3", "version",
 )  # fmt: skip
 
 
@@ -47,8 +48,6 @@ def result(row: Row, known: dict[str, Any]) -> dict[str, Any]:
     ns = entry["ns_per_param"]
     entry["gb_per_s"] = least / ns if least is not None and ns is not None else None
     entry["traffic_ratio"] = least / ADAMW_BYTES if least is not None else None
-    products = known.get("newton_schulz_ns_per_param")
-    entry["ratio_to_newton_schulz_products"] = ns / products if products is not None and ns is not None else None
     entry["target_ratio"] = row.target
     if row.of_traffic is not None and least is not None:
         entry["target_ratio"] = row.of_traffic * least / ADAMW_BYTES
@@ -67,10 +66,12 @@ def _notes(entry: dict[str, Any]) -> list[str]:
     if entry["ratio_to_torch_muon"] is not None:
         q1, median, q3 = (entry[f"ratio_to_torch_muon{end}"] for end in ("_q1", "", "_q3"))
         notes.append(f"{median:.3g} [{q1:.3g}, {q3:.3g}] of torch's Muon")
-    if entry["ratio_to_newton_schulz_products"] is not None:
-        ratio = entry["ratio_to_newton_schulz_products"]
-        notes.append(f"{ratio:.2f} of the bare products of {entry['iterations']} Newton-Schulz iterations")
-        notes.append(f"<= {OF_PRODUCTS}{_met(ratio, OF_PRODUCTS)}")
+    if entry["ratio_to_products"] is not None:
+        q1, median, q3 = (entry[f"ratio_to_products{end}"] for end in ("_q1", "", "_q3"))
+        notes.append(
+            f"{median:.2f} [{q1:.2f}, {q3:.2f}] of the bare products of {entry['iterations']} Newton-Schulz iterations"
+        )
+        notes.append(f"<= {OF_PRODUCTS}{_met(median, OF_PRODUCTS)}")
     if (error := entry["orthogonality_error"]) is not None:
         notes.append(
             f"orthogonality error {error['relative']:.3f}, singular values {error['sigma_min']:.2f} to {error['sigma_max']:.2f}"

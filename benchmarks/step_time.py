@@ -120,8 +120,7 @@ def middle(runs: Sequence[dict[str, Known]]) -> dict[str, Known]:
     """
 
     def place(known: Known) -> float:
-        products = known.get("newton_schulz_ns_per_param")
-        return known["ns_per_param"] / products if products else known.get("ratio_to_torch_fused_adamw", 0.0)
+        return known.get("ratio_to_products", known.get("ratio_to_torch_fused_adamw", 0.0))
 
     found = {}
     for key in runs[0]:

@@ -123,7 +123,14 @@ def measure(contenders: list[Contender], rounds: int, budget: float, tell: Tell)
     reference = Contender(dataclasses.replace(FUSED, params=contenders[0].row.params))
     reference.warm_up()
     last = [one.params[-1].detach().clone() for one in contenders]
-    taken = pairs.alternate([reference.step, *(one.steps for one in contenders)], rounds, budget)
+    bare = {
+        one.row.key: pairs.newton_schulz_products(lists.LISTS[one.row.params], _matrix_dtype(), one.row.iterations)
+        for one in contenders
+        if one.row.iterations
+    }
+    steps = [reference.step, *(one.steps for one in contenders), *bare.values()]
+    taken = pairs.alternate(steps, rounds, budget)
+    products = dict(zip(bare, taken[1 + len(contenders) :], strict=True))
     for i, one in enumerate(contenders, 1):
         taken[i] = [seconds / one.row.period for seconds in taken[i]]
     copy = pairs.copy_bandwidth()
@@ -132,13 +139,13 @@ def measure(contenders: list[Contender], rounds: int, budget: float, tell: Tell)
             tell(one.row.key, failed="failed: its steps changed nothing")
             continue
         compare(one, taken[0], taken[i], copy, tell)
-        for other, theirs in zip(contenders, taken[1:], strict=True):
+        for other, theirs in zip(contenders, taken[1 : 1 + len(contenders)], strict=True):
             if other.row.key == "torch:muon" and other is not one:
                 q1, median, q3 = ratio(taken[i], theirs)
                 tell(one.row.key, ratio_to_torch_muon=median, ratio_to_torch_muon_q1=q1, ratio_to_torch_muon_q3=q3)
-        if one.row.iterations:
-            products = pairs.newton_schulz_products(lists.LISTS[one.row.params], _matrix_dtype(), one.row.iterations)
-            tell(one.row.key, newton_schulz_ns_per_param=products / lists.count(one.row.params) * 1e9)
+        if one.row.key in products:
+            q1, median, q3 = ratio(taken[i], products[one.row.key])
+            tell(one.row.key, ratio_to_products=median, ratio_to_products_q1=q1, ratio_to_products_q3=q3)
         if one.row.exact is not None:
             tell(one.row.key, trajectory_error=trajectory_error(one.row, ROWS[one.row.exact]))
 

@@ -3,8 +3,8 @@
 One step is `X <- a X + (b A + c A^2) X` with `A = X X^T`. It sends each singular value s to `a s + b s^3 + c s^5` and leaves
 the singular vectors alone, so one method differs from another only in its triples (a, b, c) and in how it starts.
 
-`A` is taken on the shorter side: of a tall matrix it is `X^T X`, and everything else stands mirrored, `X <- a X + X (b A + c A^2)`.
-To transpose the matrix instead, there and back, would take as long as one of the products.
+`A` is taken on the shorter side: of a tall matrix it is `X^T X`, and a step is `X <- a X + X (b A + c A^2)`. To transpose the
+matrix instead, there and back, would take as long as one of the products.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ class NewtonSchulz:
         return [*chosen, *[self.triples[-1]] * (steps - len(chosen))]
 
     def __call__(self, X: Tensor, steps: int | None, form: Form, dtype: torch.dtype) -> Tensor:
-        """`X`: a batch of matrices, each zero or with a largest entry of at least 1, in float32 or float64."""
+        """`X`: a contiguous batch of matrices, each zero or with a largest entry of at least 1, in float32 or float64.
+
+        It is overwritten: on a CPU fresh memory costs more than what is computed in it.
+        """
         schedule = self.schedule(self.steps if steps is None else steps)
         # Only zero has a norm below 1 here.
-        X = (X / (self.margin * torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1.0))).to(dtype)
-        X = X.contiguous()  # it is added to products, and of a transposed one a CPU makes a copy every time
+        X = X.div_(self.margin * torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1.0)).to(dtype)
         single = len(X) == 1
         if single:  # a plain product has less to set up than a batch of one
             X = X[0]

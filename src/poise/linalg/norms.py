@@ -116,7 +116,7 @@ def sharp(
 
 def inner(A: Tensor, B: Tensor) -> Tensor:
     """`<A, B>` of each pair of matrices: the sum of products of entries, shape (...)."""
-    return (A * B).sum((-2, -1))
+    return torch.linalg.vecdot(A.flatten(-2), B.flatten(-2))
 
 
 def check_norm(norm: str) -> None:

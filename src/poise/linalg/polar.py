@@ -59,7 +59,7 @@ def orthogonalize(
             hardware (`fast_bfloat16`), else float32. `qdwh` and `svd` never go below float32.
 
     Returns:
-        Tensor of the shape and dtype of `M`, contiguous.
+        Tensor of the shape and dtype of `M`, contiguous. No gradient flows through it.
 
     Raises:
         TypeError: `M` is not a real floating-point tensor.
@@ -83,11 +83,11 @@ def orthogonalize(
         fast = M.dtype != torch.float64 and fast_bfloat16(M.device.type)
         dtype = torch.bfloat16 if fast else torch.promote_types(M.dtype, torch.float32)
 
-    batch = M.reshape(-1, *M.shape[-2:])
-    chunk = max(1, CHUNK // batch[0].numel()) if M.device.type == "cpu" else len(batch)
-    done = [METHODS[method](near_one(part), steps, form, dtype) for part in batch.split(chunk)]
-    O = (done[0] if len(done) == 1 else torch.cat(done)).reshape(M.shape)
-    return O.to(M.dtype).contiguous()
+    X = near_one(M.detach().reshape(-1, *M.shape[-2:]))  # the only fresh memory of this size, and in the end the result
+    chunk = max(1, CHUNK // X[0].numel()) if M.device.type == "cpu" else len(X)
+    for part in X.split(chunk):
+        part.copy_(METHODS[method](part, steps, form, dtype))
+    return X.to(M.dtype).view(M.shape)
 
 
 def check_options(method: str, steps: int | None, form: str, dtype: torch.dtype | None) -> None:
@@ -124,7 +124,8 @@ _EXPONENT = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.in
 
 
 def near_one(M: Tensor) -> Tensor:
-    """A copy of M in float32 or float64, each matrix divided by the power of two that brings its largest entry into [1, 2).
+    """A contiguous copy of M in float32 or float64, each matrix divided by the power of two that brings its largest entry into
+    [1, 2).
 
     Exact, and from here on squares neither overflow nor vanish. A matrix of nothing but subnormal numbers becomes zero: a
     momentum without gradients decays no further than to these, and would go on making full steps with what is left of it.
@@ -134,7 +135,8 @@ def near_one(M: Tensor) -> Tensor:
     # twelve times as fast on a CPU as vector_norm of order infinity, and nan stays nan
     largest = torch.maximum(M.amax((-2, -1), keepdim=True), -M.amin((-2, -1), keepdim=True))
     power = (largest.view(integer) & mask).view(M.dtype)
-    return M / power.masked_fill(power == 0, torch.inf)
+    copy = torch.empty_like(M, memory_format=torch.contiguous_format)
+    return torch.div(M, power.masked_fill(power == 0, torch.inf), out=copy)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,9 @@ class Whole:
             env.known = {**env.known, "param": bound.param, "step": step}
             env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
             u = stored_as(unit, member.spec, call_update(bound, view_of(unit, member.spec, u), env), u.shape)
-        keep_states(member, settled({key: states[key] for key in written}, [u, grad, x, *before]), step)
+        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in before):
+            u = u.clone()  # the state is about to be overwritten
+        keep_states(member, settled({key: states[key] for key in written}, before), step)
         return u
 
 
@@ -296,7 +298,7 @@ def measure_whole(
         env.known = {"param": bound.param, "step": steps[i]}
         env.bits = lambda salt, like=env.x, lead=lead, step=steps[i]: noise([lead], [step])(salt, like)
         found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))
-        keep_states(lead, settled({key: states[key] for key in written}, [env.grad, env.x, *before]), steps[i])
+        keep_states(lead, settled({key: states[key] for key in written}, before), steps[i])
     names = tuple(next((values for values in found if values), {}))
     none = torch.zeros((), device=members[0].device)
     values = [

@@ -101,11 +101,13 @@ class norm_adapted(Transform):
         shrink = k.weight_decay * alpha
         if self.cap:
             shrink = shrink.clamp(max=1)
-        return self._spread(-step, k.param) * k.inner[0].apply(u) - self._spread(shrink, k.param) * x
+        direction = k.inner[0].apply(u)
+        return torch.addcmul(self._spread(-shrink, k.param) * x, self._spread(-step, k.param), direction)
 
     def _squares(self, u: Tensor, p: Param) -> Tensor:
         """Squared norms of each part: (..., parts, 1), or (..., parts, columns)."""
-        squares = torch.stack([part.square().sum(-2) for part in u.split([m for m, _ in matrices(p)], dim=-2)], dim=-2)
+        parts = u.split([m for m, _ in matrices(p)], dim=-2)
+        squares = torch.stack([torch.linalg.vecdot(part, part, dim=-2) for part in parts], dim=-2)
         return squares if self.columns else squares.sum(-1, keepdim=True)
 
     def _spread(self, values: Tensor, p: Param) -> Tensor:

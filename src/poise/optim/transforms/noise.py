@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from poise.linalg import norms
+
 from ..transform import Context, Param, Slot, State, Transform
 
 Noise = Literal["previous", "independent"]
@@ -104,7 +106,7 @@ class noise_adaptive(Transform):
         step = D
         for link in self.lmo:
             step = link.update(step, {}, x, k)
-        return (D * step).sum()
+        return norms.inner(D.reshape(1, -1), step.reshape(1, -1))
 
     def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
         noise = k.each["noise"]  # one layer that has gone to infinity must not stop the others
