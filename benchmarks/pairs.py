@@ -62,19 +62,17 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
 
 
 def newton_schulz_products(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, iterations: int) -> Step:
-    """The matrix products alone that plain Newton-Schulz iterations need for matrices of these shapes.
+    """The matrix products alone that plain Newton-Schulz iterations need for matrices of these shapes, each in its own memory.
 
-    With the short side first, each iteration multiplies `A = X X^T`, `A A` and `B X`.
+    Each iteration multiplies `A = X X^T`, `A A` and `A X`, or of a tall matrix `X^T X`, `A A` and `X A`.
     """
-    sides = [(min(shape), max(shape)) for shape in shapes]
-    operands = {}
-    for short, long in set(sides):
-        X = torch.randn(short, long).to(dtype) / math.sqrt(long)
-        operands[short, long] = X, X @ X.mT
+    matrices = [torch.randn(shape).to(dtype) / math.sqrt(max(shape)) for shape in shapes]
 
     def step() -> None:
-        for X, A in (operands[side] for side in sides):
+        for X in matrices:
+            tall = X.shape[0] > X.shape[1]
             for _ in range(iterations):
-                _ = X @ X.mT, A @ A, A @ X
+                A = X.mT @ X if tall else X @ X.mT
+                _ = A @ A, X @ A if tall else A @ X
 
     return step

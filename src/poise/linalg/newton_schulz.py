@@ -56,7 +56,7 @@ class NewtonSchulz:
         A = gram_matrix(X)
         if self.start == "aol":
             s = almost_orthogonal_rows(A)
-            X, A = X * (s.mT if is_tall(X) else s), s * A * s.mT
+            X, A = X.mul_(s.mT if is_tall(X) else s), s * A * s.mT
         uneven = max(X.shape[-2:]) >= 2 * min(X.shape[-2:]) and dtype != torch.bfloat16
         if form == "gram" or (form == "auto" and uneven):
             X = gram(X, A, schedule, restarts(len(schedule), dtype))

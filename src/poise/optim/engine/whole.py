@@ -39,7 +39,16 @@ class Whole:
         steps: Sequence[int],
         facts: Callable[[int], dict[str, Any]],
     ) -> list[Tensor]:
-        """The new updates, local. `facts(i)` gives totals, own values, feeds and known facts of member i."""
+        """The new updates, local, in the memory of the old ones where that is not a gradient's: each is then held once, and a
+        CPU need not find fresh memory for them in every step. `facts(i)` gives totals, own values, feeds, known facts of member i.
+        """
+        held = {g.untyped_storage()._cdata for g in grads}
+
+        def kept(i: int, u: Tensor) -> Tensor:
+            if us[i].untyped_storage()._cdata not in held:
+                return us[i].copy_(u)
+            return u.clone() if u.untyped_storage()._cdata in held else u  # what follows writes into it
+
         results: dict[int, Tensor] = {}
         at = {m: i for i, m in enumerate(members)}
         if members[0].bound[self.positions[0]].link.unit == "layer":
@@ -47,14 +56,13 @@ class Whole:
                 i = at.get(lead, at.get(follow)) if follow is not None else at[lead]
                 assert i is not None
                 outputs = self._layer(lead, follow, at, us, grads, rows[which[i]], steps[i], facts)
-                results |= {at[m]: u for m, u in outputs.items() if m in at}
+                results |= {at[m]: kept(at[m], u) for m, u in outputs.items() if m in at}
         else:
             for batch in self._batches(members, which):
                 outputs = self._batch([members[i] for i in batch], [us[i] for i in batch], [grads[i] for i in batch],
                                       rows[which[batch[0]]], [steps[i] for i in batch], facts(batch[0]))  # fmt: skip
-                results |= dict(zip(batch, outputs, strict=True))
-        held = {g.untyped_storage()._cdata for g in grads}  # a rule may hand the gradient on, and what follows writes into it
-        return [u.clone() if u.untyped_storage()._cdata in held else u for u in (results[i] for i in range(len(members)))]
+                results |= {i: kept(i, u) for i, u in zip(batch, outputs, strict=True)}
+        return [results[i] for i in range(len(members))]
 
     def _batches(self, members: Sequence[Member], which: Sequence[int]) -> list[list[int]]:
         """Members whose matrices can be worked on at once: equal shapes, nothing kept or measured per parameter.

@@ -61,9 +61,11 @@ class cosh_rms(Transform):
     def _divided(self, M: Tensor) -> Tensor:
         dims, (m, n) = (-2, -1), M.shape[-2:]
         over = torch.linalg.vector_norm(M, dim=dims, keepdim=True) + 1e-7
-        R = torch.linalg.vector_norm(torch.cosh(M * (self.gamma / over)), dim=dims, keepdim=True)
-        R = R / math.sqrt(m * n) + 1e-8
-        return M / R if self.variant == "raw" else M * (SCALES["original"](m, n) / (over * R))
+        doubled = (M * (2 * self.gamma / over)).exp_()  # 4 cosh(x)^2 = e^2x + e^-2x + 2
+        total = doubled.sum(dims, keepdim=True) + doubled.reciprocal_().sum(dims, keepdim=True)
+        R = (total / (m * n) + 2).sqrt() / 2 + 1e-8
+        factor = 1 / R if self.variant == "raw" else SCALES["original"](m, n) / (over * R)
+        return torch.mul(M, factor, out=doubled)
 
     def update_rms(self, p: Param) -> float | None:
         if self.variant == "raw":
@@ -80,7 +82,7 @@ class cosh_rms(Transform):
     family="optim",
     paper=PAPER,
     tune={"lr": log_uniform(0.01, 10.0), "adamw_lr": log_uniform(1e-4, 3e-2), "weight_decay": log_uniform(1e-5, 0.1)},
-    mutant=("torch.cosh(M", "torch.exp(M"),
+    mutant=("doubled.reciprocal_()", "doubled"),
 )
 class AuON(Optimizer):
     """Momentum normalized matrix by matrix and divided by the RMS of its cosh; AdamW for everything but hidden matrices.

@@ -101,8 +101,8 @@ class norm_adapted(Transform):
         shrink = k.weight_decay * alpha
         if self.cap:
             shrink = shrink.clamp(max=1)
-        direction = k.inner[0].apply(u)
-        return torch.addcmul(self._spread(-shrink, k.param) * x, self._spread(-step, k.param), direction)
+        moved = self._spread(-shrink, k.param) * x
+        return moved.addcmul_(self._spread(-step, k.param), k.inner[0].apply(u))
 
     def _squares(self, u: Tensor, p: Param) -> Tensor:
         """Squared norms of each part: (..., parts, 1), or (..., parts, columns)."""
