@@ -118,7 +118,7 @@ def _averaged(u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
 @pytest.mark.parametrize("shape", [(4, 6), (8, 4, 3, 3)])
 def test_a_rule_may_hand_on_what_it_kept_and_keep_what_it_was_given(shape: tuple[int, ...]) -> None:
     start, grads = draw([shape], 4)
-    (p,) = params = leaves(start)
+    params = leaves(start)
     found = play(optimizer(params, apply_matrix(_one_step_late, {"last": 0.0}), lr=1.0), params, grads)
     assert distance(found, [start[0] - sum(row[0] for row in grads[:-1] if row[0] is not None)]) < 1e-14
 

@@ -39,8 +39,10 @@ class Whole:
         steps: Sequence[int],
         facts: Callable[[int], dict[str, Any]],
     ) -> list[Tensor]:
-        """The new updates, local, in the memory of the old ones where that is not a gradient's: each is then held once, and a
-        CPU need not find fresh memory for them in every step. `facts(i)` gives totals, own values, feeds, known facts of member i.
+        """The new updates, local. `facts(i)` gives totals, own values, feeds and known facts of member i.
+
+        They take the memory of the old ones where that is not a gradient's: each is then held once, and a CPU need not find
+        fresh memory in every step.
         """
         held = {g.untyped_storage()._cdata for g in grads}
 
