@@ -42,8 +42,17 @@ def test_there_and_back_is_an_orthogonal_projection(kind: Any, shape: tuple[int,
         torch.testing.assert_close(kept, G, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("shape, side, left", [((8, 5), "short", False), ((5, 8), "short", True), ((6, 6), "short", False),
-                                               ((8, 5), "long", True), ((8, 5), "left", True), ((5, 8), "right", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, side, left",
+    [
+        ((8, 5), "short", False),
+        ((5, 8), "short", True),
+        ((6, 6), "short", False),
+        ((8, 5), "long", True),
+        ((8, 5), "left", True),
+        ((5, 8), "right", False),
+    ],
+)
 def test_the_side_that_becomes_shorter(shape: tuple[int, int], side: Any, left: bool) -> None:
     small = Projector("svd", 2, side).small_shape(*shape)
     assert small == ((2, shape[1]) if left else (shape[0], 2))

@@ -40,7 +40,7 @@ def test_a_row_of_its_own_window_is_only_shrunk() -> None:
         for times in (1, 5):
             window = g.expand(times, -1)
             u = window.mT @ row_weights(window @ window.mT, times - 1, lam)
-            assert gap(u, g / (lam + times * (g @ g))) < (1e-6 if dtype == torch.float32 else 1e-12)
+            assert gap(u, g / (lam + times * (g @ g))) < (1e-6 if dtype == torch.float32 else 1e-11)
 
 
 @pytest.mark.parametrize("lam, c", [(1e-3, 1.0), (0.5, 1 / 16)])

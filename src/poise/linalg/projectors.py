@@ -4,14 +4,14 @@ A projector makes a basis from a matrix, or from random numbers alone; the basis
 small matrix, `back` the matrix of full size that it stands for, and `back(project(G))` is the orthogonal projection of G for
 every projector but "gaussian", for which it is G in the mean.
 
-| name         | basis                                                  | small matrix of an m x n one                          |
-|--------------|--------------------------------------------------------|-------------------------------------------------------|
-| `svd`        | leading singular vectors of one side, as rows (r x side) | r x n (left) or m x r (right)                       |
-| `random`     | random orthonormal rows (r x side)                     | the same                                              |
-| `gaussian`   | independent normal entries of variance 1 / r (r x side) | the same                                             |
-| `rows`       | r places of rows (int64)                               | r x n                                                 |
-| `columns`    | r places of columns (int64)                            | m x r                                                 |
-| `entries`    | k places in the flattened matrix (int64)               | k                                                     |
+| name       | basis                                                | small matrix of an m x n one     |
+|------------|------------------------------------------------------|----------------------------------|
+| `svd`      | leading singular vectors of a side, as rows (r x side) | r x n (left) or m x r (right)  |
+| `random`   | random orthonormal rows (r x side)                   | the same                         |
+| `gaussian` | independent normal entries of variance 1 / r         | the same                         |
+| `rows`     | r places of rows (int64)                             | r x n                            |
+| `columns`  | r places of columns (int64)                          | m x r                            |
+| `entries`  | k places in the flattened matrix (int64)             | k                                |
 
 Random choices are functions of uniform numbers that the caller gives, so that whoever draws them by seed, name and step gets
 the same subspace on every rank.

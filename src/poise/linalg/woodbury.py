@@ -4,8 +4,8 @@ By Woodbury's identity only a system of the number of rows is solved:
 
     (lam I + c G^T G)^(-1) x  =  ( x - G^T ((lam / c) I + G G^T)^(-1) G x ) / lam
 
-An empirical Fisher of m gradients is `c = 1 / m`; a sum of them, `c = 1`. The order of the rows makes no difference, and rows of
-zeros add nothing.
+An empirical Fisher of m gradients is `c = 1 / m`; a sum of them, `c = 1`. The order of the rows makes no difference, and rows
+of zeros add nothing.
 
 Where x is itself one of the rows, as the newest gradient is in its own Fisher, the difference above cancels all but a part
 `lam / |x|^2` of x, which in float32 leaves nothing. `row_weights` gives the same vector as a sum of rows, without a difference.
