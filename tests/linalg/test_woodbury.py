@@ -35,12 +35,22 @@ def test_batches_are_solved_one_by_one() -> None:
 
 def test_a_row_of_its_own_window_is_only_shrunk() -> None:
     """Where a difference of two nearly equal vectors would leave nothing: damping far below float32's share of |g|^2."""
-    for dtype, lam in ((torch.float64, 0.01), (torch.float32, 1e-9)):
-        g = draw(30).to(dtype)
-        for times in (1, 5):
-            window = g.expand(times, -1)
-            u = window.mT @ row_weights(window @ window.mT, times - 1, lam)
-            assert gap(u, g / (lam + times * (g @ g))) < (1e-6 if dtype == torch.float32 else 1e-11)
+    g = draw(30)
+    for times in (1, 5):
+        window = g.expand(times, -1)
+        wanted = g / (0.01 + times * (g @ g))
+        assert gap(window.mT @ row_weights(window @ window.mT, times - 1, 0.01), wanted) < 1e-11
+        window = window.float()
+        found = window.mT @ row_weights(window @ window.mT, times - 1, 1e-9)
+        assert gap(found.double(), g / (1e-9 + times * (g @ g))) < 1e-6
+
+
+def test_products_whose_rounding_left_negative_eigenvalues_are_solved_all_the_same() -> None:
+    """As of five equal rows in float32: a Gram matrix that no Cholesky factorization takes."""
+    gram = torch.full((3, 3), 9.0) + torch.tensor([[0.0, 1e-5, 0.0], [1e-5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert float(torch.linalg.eigvalsh(gram.double()).amin()) < -1e-6
+    weights = row_weights(gram, 0, 1e-9)
+    assert abs(float(weights.sum()) - 1 / 27) < 1e-5
 
 
 @pytest.mark.parametrize("lam, c", [(1e-3, 1.0), (0.5, 1 / 16)])

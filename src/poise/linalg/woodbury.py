@@ -42,7 +42,8 @@ def coefficients(gram: Tensor, dots: Tensor, lam: float, c: float = 1.0) -> Tens
     Args:
         gram: `G G^T`, (..., m, m), symmetric; its lower triangle is read. dots: `G x`, (..., m).
 
-    Solved by Cholesky in float64: the gradients of one model are so alike that float32 would leave few digits. A system that is
+    Solved in float64, because the gradients of one model are alike, by Cholesky. Where rounding of the products, in the dtype of
+    `gram`, has left a matrix that is not positive definite, by eigenvalues, without those that are nothing but rounding. What is
     not finite gives nan.
     """
     if not lam > 0 or not c > 0:
@@ -64,10 +65,20 @@ def row_weights(gram: Tensor, row: int, lam: float, c: float = 1.0) -> Tensor:
 
 
 def _solve(gram: Tensor, right: Tensor, shift: float) -> Tensor:
-    system = gram.double() + shift * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    L, info = torch.linalg.cholesky_ex(system)
-    z = torch.cholesky_solve(right.double()[..., None], L)[..., 0]
-    return torch.where((info == 0)[..., None], z, torch.nan).to(right.dtype)
+    rounding = gram.shape[-1] * torch.finfo(gram.dtype).eps
+    gram = gram.double()
+    finite = gram.isfinite().all(-1, keepdim=True).all(-2)
+    system = gram + shift * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    L, info = torch.linalg.cholesky_ex(torch.where(finite[..., None], system, shift))
+    if bool(
+        ((info != 0) & finite[..., 0]).any()
+    ):  # products in float32 of nearly equal rows: eigenvalues below zero by rounding
+        e, V = torch.linalg.eigh(torch.where(finite[..., None], gram, 0.0))
+        inverse = torch.where(e > rounding * e[..., -1:], 1 / (e + shift), 0.0)
+        z = (V @ (inverse[..., None] * (V.mT @ right.double()[..., None])))[..., 0]
+    else:
+        z = torch.cholesky_solve(right.double()[..., None], L)[..., 0]
+    return torch.where(finite, z, torch.nan).to(right.dtype)
 
 
 __all__ = ["coefficients", "damped_solve", "row_weights"]
