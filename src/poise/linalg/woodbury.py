@@ -42,9 +42,9 @@ def coefficients(gram: Tensor, dots: Tensor, lam: float, c: float = 1.0) -> Tens
     Args:
         gram: `G G^T`, (..., m, m), symmetric; its lower triangle is read. dots: `G x`, (..., m).
 
-    Solved in float64, because the gradients of one model are alike, by Cholesky. Where rounding of the products, in the dtype of
-    `gram`, has left a matrix that is not positive definite, by eigenvalues, without those that are nothing but rounding. What is
-    not finite gives nan.
+    Solved in float64, because the gradients of one model are alike, by Cholesky. Where rounding of the products, in the dtype
+    of `gram`, has left a matrix that is not positive definite, by eigenvalues, without those that are nothing but rounding.
+    What is not finite gives nan.
     """
     if not lam > 0 or not c > 0:
         raise ValueError(f"lam={lam}, c={c}: both must be positive")
@@ -70,9 +70,7 @@ def _solve(gram: Tensor, right: Tensor, shift: float) -> Tensor:
     finite = gram.isfinite().all(-1, keepdim=True).all(-2)
     system = gram + shift * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
     L, info = torch.linalg.cholesky_ex(torch.where(finite[..., None], system, shift))
-    if bool(
-        ((info != 0) & finite[..., 0]).any()
-    ):  # products in float32 of nearly equal rows: eigenvalues below zero by rounding
+    if bool(((info != 0) & finite[..., 0]).any()):  # nearly equal rows in float32
         e, V = torch.linalg.eigh(torch.where(finite[..., None], gram, 0.0))
         inverse = torch.where(e > rounding * e[..., -1:], 1 / (e + shift), 0.0)
         z = (V @ (inverse[..., None] * (V.mT @ right.double()[..., None])))[..., 0]
