@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from poise.catalog import Method
 from poise.optim import Transform
 
-from .cases import STATES, batch, build, entries, grads_like, loss_of
+from .cases import batch, build, entries, grads_like, loss_of
 from .problems import Grads, draw, leaves
 
 # What `make gpu-check` sets otherwise before it runs the scenarios on its own devices.
@@ -164,9 +164,11 @@ def resumed(entry: Method) -> dict[str, Any]:
     return outcome(opt, again, params, start)
 
 
+# Every format of state and every dtype of weights; how a shard is encoded does not hang on the dtype it belongs to.
+SHARDED = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32", "int4": "bfloat16"}
 SCENARIOS: dict[str, Scenario] = {
     "ddp": ddp,
-    **{f"fsdp {state} {dtype}": sharded(state, dtype) for state in STATES for dtype in DTYPES},
+    **{f"fsdp {state} {dtype}": sharded(state, dtype) for state, dtype in SHARDED.items()},
     "fsdp compiled": sharded("int8", "bfloat16", "auto"),
     "tensor parallel": columns,
     "fsdp backward": backward,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from poise import catalog
-from poise.memory import CODECS, Codec, Tapered, get
+from poise.memory import CODECS, Codec, MatrixCodec, Tapered, get
 from poise.memory.codec import Kind, pack, unpack
 
-FORMATS = sorted(name for name, codec in CODECS.items() if codec is not None)
+FORMATS = sorted(name for name, codec in CODECS.items() if codec is not None and not isinstance(codec, MatrixCodec))
 SCALED = [name for name in FORMATS if name != "bf16"]
 KINDS: list[Kind] = ["signed", "nonneg", "upper"]
 

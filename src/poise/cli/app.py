@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import poise
-from poise.cli import compare, methods, report, train
+from poise.cli import compare, methods, plan, report, train
 
 app = typer.Typer(
     name="poise",
@@ -20,6 +20,7 @@ app.command("methods")(methods.methods)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 
 
 def version(asked: bool) -> None:

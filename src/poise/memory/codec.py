@@ -34,10 +34,14 @@ Kind = Literal["signed", "nonneg", "upper"]
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of an encoded slot: its dtype and how many entries each block has in it."""
+    """One stored tensor of an encoded slot: its dtype, and how many entries each block has in it.
+
+    Or, of a format that sees a slot whole, which of the slot's axes it follows; see `matrix`.
+    """
 
     dtype: torch.dtype
-    per_block: int
+    per_block: int = 1
+    axes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Codec:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ValueError(f"{type(self).__name__}(block={self.block}): block must be at least 1")
+
+    def for_slot(self, kind: Kind, shape: tuple[int, ...]) -> Codec:
+        """The codec that keeps a slot of this kind and shape, where one format has several."""
+        return self
 
     def parts(self, kind: Kind) -> dict[str, Part]:
         """What is stored, by name."""

@@ -42,7 +42,8 @@ class Optimizer(torch.optim.Optimizer):
             Slots under 4096 elements stay in full precision.
         weights: how bfloat16 weights are written: "auto" and "stochastic" round stochastically (on average the weight moves by
             the update, however small), "split" keeps the lower 16 bits as 2 more bytes of state (exact), "nearest" rounds to
-            nearest, which loses updates below 1/512 of the weight.
+            nearest, which loses updates below 1/512 of the weight. "int8", "int4", "fp8" or a `poise.memory.grid.Grid` keep
+            matrices of any dtype on the grid of that format; `ECO` is made for these.
         scale: None keeps each rule's own scale; "rms" gives all the update size of AdamW (0.2 lr), so that a learning rate
             carries over between rules.
         decay_vectors: whether norms, biases and other vectors decay too, as in torch.optim.

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, get_args
 from torch import Tensor
 
 from poise.memory import codec as codecs
+from poise.memory.grid import Grid
 
 from .engine.members import Weights
 from .transform import ROLES, Chain, Param, chain
@@ -21,7 +22,7 @@ class Options(TypedDict, total=False):
     """Keyword options that every optimizer takes; see `Optimizer`."""
 
     state: State
-    weights: Weights
+    weights: Weights | Grid
     scale: Literal["rms"] | None
     decay_vectors: bool
     seed: int
@@ -51,8 +52,8 @@ def rms_scale(rule: Chain, p: Param, name: str) -> float:
 def check_options(options: Options) -> None:
     """Values that cannot work, said before anything is built."""
     weights, scale, state = options.get("weights", "auto"), options.get("scale"), options.get("state", "fp32")
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights={weights!r}: must be one of {', '.join(map(repr, get_args(Weights)))}")
+    if not isinstance(weights, Grid) and weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}: must be one of {', '.join(map(repr, get_args(Weights)))}, or a Grid")
     if scale not in (None, "rms"):
         raise ValueError(f"scale={scale!r}: must be None or 'rms'")
     seed: Any = options.get("seed", 0)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.memory.matrix import MatrixCodec
+
 from ..transform import Transform
 from . import kernels, shards
 from .flat import Flat, Mode
@@ -93,6 +95,9 @@ class Bucket:
 
     def _make(self, program: Program, like: Member) -> Tiled | Flat:
         here = program.blocked is None or like.tiled(program.blocked.prefix)
+        seen_whole = any(isinstance(like.stores[key].codec, MatrixCodec) for key in program.keys)
+        if self.mode == "tiles" and (seen_whole or (program.ends and like.format.grid is not None)):
+            return Flat(program, like, "chunks")  # what is stored has scales of rows and columns, which no tile knows
         if self.mode == "tiles" and here:
             try:
                 return Tiled(program, like)

@@ -72,6 +72,8 @@ class Flat:
         if LOW in state:
             stored[LOW] = shards.local(state[LOW])
         tensors["x"] = fmt.read(stored).reshape(-1)
+        if self.told is not None and self.pieces is not None:  # which may work in place, and what was wanted is still needed
+            tensors["x"] = tensors["x"].clone()
         for key in self.program.keys:
             tensors[key] = member.stores[key].read(state).reshape(-1)
         tensors["row"] = row
@@ -90,9 +92,9 @@ class Flat:
             self._keep(member, {k: v for k, v in results.items() if "/" not in k}, step)
             return torch.cat([results[name] for name in self.sums]) if self.sums else torch.zeros(0)
         if "x" in results:
-            bits = member.bits(step, SALT_WEIGHTS) if fmt.mode == "stochastic" else None
+            bits = member.bits(step, SALT_WEIGHTS) if fmt.mode in ("stochastic", "grid") else None
             wanted = results.pop("x")
-            for name, value in fmt.write(wanted, bits).items():
+            for name, value in fmt.write(wanted, bits, member.rank_shape).items():
                 target = stored[name]
                 if target.data_ptr() != value.data_ptr() or target.numel() == 0:
                     target.copy_(value.reshape(target.shape))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poise.memory import rounding
 from poise.memory.codec import Codec
+from poise.memory.grid import GRIDS, Grid
 
 from ..transform import Chain, Param, Transform
 from . import shards
@@ -21,7 +22,7 @@ from .layers import Layer
 from .links import SALT_STATE, SALT_WEIGHTS, Bound, bind
 from .storage import Store, codec_for
 
-Weights = Literal["auto", "stochastic", "nearest", "split"]
+Weights = Literal["auto", "stochastic", "nearest", "split", "int8", "int4", "fp8"]
 LOW = "weight.low"  # state key of the lower 16 bits under weights="split"
 
 
@@ -30,19 +31,22 @@ class WeightFormat:
     """How the weights are read and written: their dtype, and how a float32 result is brought into it."""
 
     dtype: torch.dtype
-    mode: Literal["plain", "stochastic", "nearest", "split"]
+    mode: Literal["plain", "stochastic", "nearest", "split", "grid"]
+    grid: Grid | None = None
 
     @classmethod
-    def of(cls, dtype: torch.dtype, weights: Weights) -> WeightFormat:
-        """The format of parameters of `dtype`; "auto" rounds bfloat16 stochastically.
+    def of(cls, dtype: torch.dtype, weights: Weights | Grid) -> WeightFormat:
+        """The format of parameters of `dtype`; "auto" rounds bfloat16 stochastically, a grid or its name rounds to it.
 
         To nearest, a bfloat16 weight does not move unless the update is 1/512 of it; stochastic rounding moves it on average
         by exactly the update ("Revisiting BFloat16 Training", arXiv 2010.06192).
         """
+        if isinstance(weights, Grid) or weights in GRIDS:
+            return cls(dtype, "grid", grid_of(weights))
         if dtype in (torch.float32, torch.float64):
             return cls(dtype, "plain")
         if dtype == torch.bfloat16:
-            return cls(dtype, "stochastic" if weights == "auto" else weights)
+            return cls(dtype, "stochastic" if weights == "auto" else weights)  # pyright: ignore[reportArgumentType]
         if weights in ("stochastic", "split"):
             raise ValueError(
                 f"weights={weights!r} is for bfloat16 parameters, and one here is {dtype}; use 'auto' or 'nearest'"
@@ -60,8 +64,11 @@ class WeightFormat:
             return rounding.join(stored["x"], stored[LOW])
         return stored["x"].to(self.compute)
 
-    def write(self, x: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
-        """What to store for new weights `x`; `bits` are needed by stochastic rounding."""
+    def write(self, x: Tensor, bits: Tensor | None, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """What to store for new weights `x`; `bits` are needed by stochastic rounding, the shape by a grid."""
+        if self.grid is not None:
+            noise = None if bits is None or not self.grid.stochastic else rounding.unit(bits).view(shape)
+            return {"x": self.grid.rounded(x.view(shape), noise).view(x.shape).to(self.dtype)}
         if self.mode == "split":
             high, low = rounding.split(x)
             return {"x": high, LOW: low}
@@ -81,12 +88,13 @@ class Member:
         group: dict[str, Any],
         rule: Chain,
         codec: Codec | None,
-        weights: Weights,
+        weights: Weights | Grid,
         seed: int,
         layer: Layer | None = None,
     ) -> None:
         self.tensor, self.spec, self.group, self.rule = tensor, spec, group, rule
-        self.format = WeightFormat.of(tensor.dtype, weights)
+        apart = grid_of(weights) is not None and not gridded(spec, tensor)
+        self.format = WeightFormat.of(tensor.dtype, "auto" if apart else weights)
         self.device, self.local_shape = shards.local(tensor).device, shards.local(tensor).shape
         self.scale = 1.0  # factor of the update, for scale="rms"
         self.key = rounding.key_of(seed, spec.name, 0)
@@ -206,6 +214,22 @@ class Member:
         """Whether a block link's stretch can be run over this parameter where it is, tile by tile."""
         codecs = {store.codec.block for store in self.stores.values() if store.codec is not None}
         return self.layouts[prefix].suits(sorted(codecs - {1}))
+
+
+def grid_of(weights: Weights | Grid) -> Grid | None:
+    """The grid that a choice of weights means."""
+    return weights if isinstance(weights, Grid) else GRIDS.get(weights)
+
+
+def gridded(p: Param, tensor: Tensor) -> bool:
+    """Whether weights of a grid's format are on the grid: vectors and output heads stay as they are, for they suffer most."""
+    if len(p.shape) < 2 or p.role == "head":
+        return False
+    if shards.box(tensor)[0][1:] != tuple(p.shape[1:]):
+        raise ValueError(
+            f"parameter {p.name!r}: rows of a grid have a scale each, so it can be sharded along its first dimension only"
+        )
+    return True
 
 
 def check_matrix(p: Param) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -148,15 +148,21 @@ def groups(p: Any) -> tuple[Any, ...]:
 
 def add_up(value: Tensor, over: tuple[Any, ...]) -> Tensor:
     """The sum of `value` over the ranks of each group in turn."""
-    if over:
+    return reduced(value, "sum", over)
+
+
+def reduced(value: Tensor, how: Literal["sum", "max"], groups: tuple[Any, ...]) -> Tensor:
+    """The sum, or the largest, of `value` over the ranks of each group in turn. It may be overwritten."""
+    if groups:
         import torch.distributed as dist
 
-        for group in over:
+        op = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+        for group in groups:
             if value.device.type in dist.get_backend_config(group):
-                dist.all_reduce(value, group=group)
+                dist.all_reduce(value, op, group)
                 continue
             moved = value.to(torch.accelerator.current_accelerator())  # weights kept on the CPU, ranks that only GPUs connect
-            dist.all_reduce(moved, group=group)
+            dist.all_reduce(moved, op, group)
             value = moved.to(value.device)
     return value
 

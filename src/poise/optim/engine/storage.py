@@ -7,6 +7,7 @@ entries than the row has left.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from poise.memory.codec import Codec, Kind, Part, get
+from poise.memory.matrix import MatrixCodec, packed, unpacked
 
 from ..transform import Param, Slot
 from . import shards
@@ -35,6 +37,8 @@ def codec_for(slot: Slot, p: Param, tensor: Tensor, wanted: Codec | None) -> Cod
     exempt = slot.kind == "exact" or slot.shared or not slot.dtype.is_floating_point or math.prod(slot.shape) < SMALLEST
     if codec is None or exempt or codec.block == 1:
         return None if exempt else codec
+    assert slot.kind != "exact"
+    codec = codec.for_slot(slot.kind, tuple(slot.shape))
     if len(slot.shape) > 1 and math.prod(slot.shape[1:]) < SHORTEST_ROW:
         return None
     if tuple(slot.shape) != tuple(p.shape):
@@ -87,6 +91,9 @@ class Store:
         """State key of each stored tensor, and what it holds."""
         if self.codec is None:
             return {"": (self.key, Part(self.dtype, 1))}
+        if isinstance(self.codec, MatrixCodec):
+            along = {name: Part(torch.float32, 1, axes) for name, axes in self.codec.axes(len(self.shape)).items()}
+            return {name: (f"{self.key}.{name}", part) for name, part in (self.codec.parts(self.kind) | along).items()}
         if self.codec.block == 1:
             return {name: (self.key, part) for name, part in self.codec.parts(self.kind).items()}
         return {name: (f"{self.key}.{name}", part) for name, part in self.codec.parts(self.kind).items()}
@@ -95,6 +102,8 @@ class Store:
         """Shape of a stored tensor for a slot of `shape`."""
         if self.codec is None or self.codec.block == 1:
             return shape
+        if part.axes is not None:
+            return tuple(shape[axis] for axis in part.axes)
         length = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
         full, rest = divmod(length, self.codec.block)
         entries = full * part.per_block + min(rest, part.per_block)
@@ -109,11 +118,13 @@ class Store:
             key: torch.empty(self.stored_shape(part, self.shape), dtype=part.dtype, device=device)
             for key, part in self.parts.values()
         }
-        self.write(local, value, torch.zeros(self.shape, dtype=torch.int32, device=device))
+        self.write(local, value, torch.zeros(self.shape, dtype=torch.int32, device=device), shards.groups(p))
         made: dict[str, Tensor] = {}
         for key, part in self.parts.values():
             whole = self.stored_shape(part, tuple(self.slot.shape))
             followed = dims if len(whole) == len(dims) else dims[: len(whole)]
+            if part.axes is not None:
+                followed = tuple(dims[axis] for axis in part.axes)
             made[key] = shards.like(p, local[key], whole, followed)
         return made
 
@@ -125,6 +136,10 @@ class Store:
         if self.codec.block == 1:
             flat = self.codec.decode({name: part.reshape(-1) for name, part in parts.items()}, self.kind)
             return flat.to(self.dtype).reshape(self.shape)
+        if isinstance(self.codec, MatrixCodec):
+            if "codes" in parts:
+                parts["codes"] = unpacked(parts["codes"], self.shape)
+            return self.codec.decode_whole(parts, self.kind).to(self.dtype)
         rows, length = self.rows
         blocks = -(-length // self.codec.block)
         padded = {}
@@ -133,10 +148,16 @@ class Store:
         values = self.codec.decode(padded, self.kind).reshape(rows, -1)[:, :length]
         return values.to(self.dtype).reshape(self.shape)
 
-    def encode(self, value: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
-        """State key -> stored tensor for new values."""
+    def encode(self, value: Tensor, bits: Tensor | None, groups: tuple[Any, ...] = ()) -> dict[str, Tensor]:
+        """State key -> stored tensor for new values; `groups` hold the other rows of a tensor that is seen whole."""
         if self.codec is None:
             return {self.key: value.to(self.dtype)}
+        if isinstance(self.codec, MatrixCodec):
+            over = functools.partial(shards.reduced, groups=groups)
+            made = self.codec.encode_whole(value.float(), self.kind, self.slot.shape[0], over)
+            if "codes" in made:
+                made["codes"] = packed(made["codes"])
+            return {key: made[name] for name, (key, _) in self.parts.items()}
         if self.codec.block == 1:
             made = self.codec.encode(value.float().reshape(-1), self.kind, None if bits is None else bits.reshape(-1))
             return {key: made[name].reshape(self.shape) for name, (key, _) in self.parts.items()}
@@ -153,9 +174,13 @@ class Store:
             stored[key] = made[name].reshape(rows, -1)[:, :entries].reshape(shape)
         return stored
 
-    def write(self, state: dict[str, Tensor], value: Tensor, bits: Tensor | None) -> None:
-        """Keep new values."""
-        for key, stored in self.encode(value, bits).items():
+    def write(
+        self, state: dict[str, Tensor], value: Tensor, bits: Tensor | None, groups: tuple[Any, ...] | None = None
+    ) -> None:
+        """Keep new values. A sharded tensor that its format sees whole is written by all ranks at once."""
+        if groups is None and isinstance(self.codec, MatrixCodec):
+            groups = shards.groups(state[next(key for key, _ in self.parts.values())])
+        for key, stored in self.encode(value, bits, groups or ()).items():
             target = shards.local(state[key])
             if target.data_ptr() != stored.data_ptr() or target.numel() == 0:
                 target.copy_(stored.reshape(target.shape))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poise.catalog import Paper, choice, log_uniform, method
+from poise.linalg.norms import inner
 
 from ..optimizer import Optimizer
 from ..options import Options
@@ -107,8 +108,9 @@ class norm_adapted(Transform):
     def _squares(self, u: Tensor, p: Param) -> Tensor:
         """Squared norms of each part: (..., parts, 1), or (..., parts, columns)."""
         parts = u.split([m for m, _ in matrices(p)], dim=-2)
-        squares = torch.stack([torch.linalg.vecdot(part, part, dim=-2) for part in parts], dim=-2)
-        return squares if self.columns else squares.sum(-1, keepdim=True)
+        if self.columns:
+            return torch.stack([torch.linalg.vecdot(part, part, dim=-2) for part in parts], dim=-2)
+        return torch.stack([inner(part, part) for part in parts], dim=-1)[..., None]
 
     def _spread(self, values: Tensor, p: Param) -> Tensor:
         """A part's numbers on each of its rows."""
