@@ -470,3 +470,12 @@ def test_a_gradient_in_a_wider_dtype_is_not_needed() -> None:
     play(opt, params, [[gradient]])
     assert torch.equal(opt.state[params[0]]["buffer"], gradient.float())
     assert math.isclose(float(params[0].detach()[1]), -float(gradient[1]))
+
+
+def test_the_whole_rule_of_a_group_is_known() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = Muon(model, decay="after", backend="eager")
+    rules = {group["rule"]: opt.rule_of(group) for group in opt.param_groups}
+    assert len(rules) > 1 and len({id(rule) for rule in rules.values()}) == len(rules)
+    for rule in rules.values():
+        assert [repr(link) for link in rule][-2:] == ["scale_by_lr()", "decay('after')"]

@@ -21,7 +21,7 @@ from .given import by_tensor
 from .options import Options, check_options, check_rate, complete, rms_scale
 from .plan import Plan
 from .routing import Assigned, Params, Route, assign, check_used, collect, everything
-from .transform import Param, Transform
+from .transform import Chain, Param, Transform
 from .transforms.step import Decay
 
 
@@ -269,6 +269,10 @@ class Optimizer(torch.optim.Optimizer):
         The lower halves of split weights are weights. A slot that begins as the weights begins as they are now.
         """
         resume.begin(self._current().members, self.param_groups)
+
+    def rule_of(self, group: Mapping[str, Any]) -> Chain:
+        """The whole chain by which the parameters of `group` move, with learning rate and decay."""
+        return self._rules[group["rule"]]
 
     def plan(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> Plan:
         """Which parameter gets which rule and why, how its state is kept, and the RMS of its update at the current `lr`.

@@ -32,11 +32,11 @@ def read(opt: torch.optim.Optimizer, p: Tensor) -> Tensor:
     return local(p).to(computing(p.dtype)) if low is None else rounding.join(local(p), low)
 
 
-def write(opt: torch.optim.Optimizer, p: Tensor, value: Tensor) -> None:
-    """Make `value` the weight; to nearest where it is kept in fewer bits."""
+def write(opt: torch.optim.Optimizer, p: Tensor, value: Tensor, key: int | None = None) -> None:
+    """Make `value` the weight. Where it is kept in fewer bits, to nearest, or bfloat16 stochastically, by noise from `key`."""
     low = _low(opt, p)
     if low is None:
-        local(p).copy_(value)
+        local(p).copy_(value if key is None else _noisy(p, value, key))
         return
     high, rest = rounding.split(value)
     local(p).copy_(high)
@@ -49,10 +49,7 @@ def displace(opt: torch.optim.Optimizer, p: Tensor, move: Tensor, key: int) -> N
     bfloat16 is rounded stochastically, by noise from `key`: a displacement is nearly always far below its spacing, and rounded
     to nearest the model would stand where it stood.
     """
-    value = read(opt, p) + move
-    if p.dtype == torch.bfloat16:
-        value = rounding.stochastic_bf16(value, rounding.high16(rounding.noise_bits(key, shards.index(p).reshape(value.shape))))
-    local(p).copy_(value)
+    local(p).copy_(_noisy(p, read(opt, p) + move, key))
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
@@ -66,6 +63,13 @@ def norm(tensors: list[Tensor]) -> Tensor:
     if not totals:
         return torch.zeros(())
     return torch.stack([total.to(totals[0].device) for total in totals]).sum().sqrt()
+
+
+def _noisy(p: Tensor, value: Tensor, key: int) -> Tensor:
+    """`value` as `p` may hold it: of bfloat16 weights rounded stochastically."""
+    if p.dtype != torch.bfloat16:
+        return value
+    return rounding.stochastic_bf16(value, rounding.high16(rounding.noise_bits(key, shards.index(p).reshape(value.shape))))
 
 
 def _low(opt: torch.optim.Optimizer, p: Tensor) -> Tensor | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +13,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, reg
 
 from poise.linalg.lengths import wide
 
+from ._choosing import Layers, chooser, put_first
 from .reparameterization import Reparameterization, Rows
 
-Layers = type | tuple[type, ...] | str | Callable[[str, nn.Module], bool]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -102,7 +100,7 @@ def _lists(layer: Any) -> dict[str, ParametrizationList]:
 
 
 def _places(model: nn.Module, layers: Layers | None, parameter: str) -> list[_Place]:
-    chosen = _chooser((nn.Linear, _ConvNd) if layers is None else layers)
+    chosen = chooser((nn.Linear, _ConvNd) if layers is None else layers)
     places = []
     for path, layer in model.named_modules():
         if isinstance(layer, ParametrizationList) or not chosen(path, layer):
@@ -123,16 +121,6 @@ def _places(model: nn.Module, layers: Layers | None, parameter: str) -> list[_Pl
     if not places:
         raise ValueError(f"layers={layers!r}: there is no such layer with a {parameter!r} of two dimensions or more")
     return places
-
-
-def _chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
-    if isinstance(layers, str):
-        return lambda path, layer: fnmatchcase(path, layers)
-    if isinstance(layers, type | tuple):
-        return lambda path, layer: isinstance(layer, layers)
-    if not callable(layers):
-        raise TypeError(f"layers={layers!r}: must be types, a glob of paths, or a function of path and layer")
-    return layers
 
 
 def _check_ties(model: nn.Module, places: list[_Place], parameter: str) -> None:
@@ -160,7 +148,4 @@ def _make_plain(layer: Any, name: str, weight: Parameter) -> None:
     else:
         del layer.parametrizations
         layer.__class__ = held.__bases__[0]
-    others = dict(layer._parameters)
-    layer._parameters.clear()  # torch's layers register their weight first: a state_dict has its usual order again
-    layer.register_parameter(name, weight)
-    layer._parameters.update(others)
+    put_first(layer, name, weight)
