@@ -299,7 +299,7 @@ def test_the_graph_holds_the_solution_and_theta_only() -> None:
 
 def test_an_aux_made_with_a_graph_does_not_hold_the_path() -> None:
     def solver(init: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        path = init.clone().requires_grad_() * 2
+        path = init.clone().requires_grad_()
         watched.append(weakref.ref(path))
         return closed(lam), {"path": path.exp(), "steps": 3, "none": None}
 
