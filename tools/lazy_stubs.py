@@ -19,7 +19,7 @@ from pathlib import Path
 # Package -> its subpackages in which a name is looked for, in the order of the search.
 LAZY: Mapping[str, tuple[str, ...]] = {
     "poise.optim": ("rules", "transforms"),
-    "poise.training": ("drivers", "layers", "losses", "solvers", "symmetry"),
+    "poise.training": ("drivers", "implicit", "layers", "losses", "solvers", "symmetry"),
 }
 
 HEADER = "# Written by tools/lazy_stubs.py from the sources (make stubs). Do not edit, do not commit.\n"

@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar
 # The packages in which methods live, by family. A family without a package yet has no line here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "optim": ("poise.optim.rules", "poise.optim.transforms"),
-    "training": tuple(f"poise.training.{room}" for room in ("drivers", "layers", "losses", "solvers", "symmetry")),
+    "training": tuple(f"poise.training.{room}" for room in ("drivers", "implicit", "layers", "losses", "solvers", "symmetry")),
     "memory": ("poise.memory",),
-    "linalg": ("poise.linalg",),
+    "linalg": ("poise.linalg", "poise.linalg.solvers"),
     "compare": ("poise.compare.protocols",),
 }
 NEEDS_EXTRA = {"compare"}  # rooms that the core dependencies do not open; without the extra their methods are not listed

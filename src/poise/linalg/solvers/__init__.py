@@ -1,0 +1,1 @@
+"""Solvers: minima of functions of few enough unknowns, with their curvature."""

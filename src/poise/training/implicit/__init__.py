@@ -1,0 +1,1 @@
+"""Derivatives of what a solver finds, without differentiating the solver."""
