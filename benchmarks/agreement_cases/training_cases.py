@@ -182,4 +182,7 @@ ABSENT = (
         "its Adam, which has one constant factor in the place of bias correction; poise drives any optimizer as it is",
     ),
     Absent("weight-conditioning", "none", f"{NONE}; nothing is compared"),
+    Absent("extragradient", "none", f"{NONE}; nothing is compared"),
+    Absent("local-minimax", "none", f"{NONE}; nothing is compared"),
+    Absent("optex", "youyve/OptEx", "for JAX; run over NumPy by hand, SGD with and without momentum agreed to 4e-13"),
 )

@@ -11,6 +11,8 @@ A driver's own test file (`tests/training/drivers/test_sam.py` of `drivers/sam.p
     needs(opt, task): dict                    what it must be given of the task beside its settings; default nothing
     task(): Task                              what the reference is compared on, which gets its model; default `bowl_task`
     INNER_STEPS: int                          steps of the inner optimizer in one of a driver in its typical setting; default 1
+    KEPT: int                                 values that the driver keeps for each weight in its typical setting; default: a
+                                              shadow for averages, `delay` of them for delays, else none
 
 Where a file holds several drivers, `reference_<name>` and so on come first.
 """

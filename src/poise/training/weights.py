@@ -6,6 +6,7 @@ it. Each function works on this rank's piece of a sharded parameter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,15 +55,21 @@ def displace(opt: torch.optim.Optimizer, p: Tensor, move: Tensor, key: int) -> N
 
 def norm(tensors: list[Tensor]) -> Tensor:
     """The l2 norm over all elements of all tensors and ranks, as a 0-d tensor of the computing dtype."""
+    return added(
+        (tensor, torch.linalg.vector_norm(local(tensor), dtype=computing(tensor.dtype)).square()) for tensor in tensors
+    ).sqrt()
+
+
+def added(values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum over all tensors and ranks of what was computed from this rank's piece of each: pairs of a tensor and that."""
     sums: dict[tuple[Any, ...], Tensor] = {}
-    for tensor in tensors:
-        piece, groups = local(tensor), shards.groups(tensor)
-        square = torch.linalg.vector_norm(piece, dtype=computing(piece.dtype)).square()
-        sums[groups] = sums[groups] + square.to(sums[groups].device) if groups in sums else square
+    for tensor, value in values:
+        groups = shards.groups(tensor)
+        sums[groups] = sums[groups] + value.to(sums[groups].device) if groups in sums else value
     totals = [shards.add_up(total, groups) for groups, total in sums.items()]
     if not totals:
         return torch.zeros(())
-    return torch.stack([total.to(totals[0].device) for total in totals]).sum().sqrt()
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum(0)
 
 
 def _noisy(p: Tensor, value: Tensor, key: int) -> Tensor:
