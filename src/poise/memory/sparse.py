@@ -41,7 +41,7 @@ class TopK:
         return full, self._of(self.block), self._of(rest)
 
     def _of(self, n: int) -> int:
-        return min(n, math.ceil(self.density * n - 1e-9))  # 0.07 * 100 is a little more than 7
+        return math.ceil(self.density * n)
 
     def kept(self, d: int) -> int:
         """Entries kept of d."""
