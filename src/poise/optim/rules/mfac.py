@@ -39,7 +39,7 @@ from ..transforms.step import Decay
         "the_state_of_a_large_matrix_takes_the_bytes_it_should": "the window is exact: its products are kept from step to step "
         "and must be those of the rows that are there; window_dtype= halves it",
         "bfloat16_weights_move_on_average_as_their_float32_twins": "F^(-1) shrinks what gradients have in common, so under "
-        "noise steps turn about and rounding spreads with their path, not with the distance; its own file tests it without noise",
+        "noise steps turn about, and rounding spreads with their path, not their distance; its own file tests it without noise",
     },
 )
 class MFAC(Optimizer):
