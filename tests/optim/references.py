@@ -90,3 +90,19 @@ def adamw(
         step = first / (1 - betas[0] ** t) / ((second / (1 - betas[1] ** t)).sqrt() + eps)
         w = (1 - rate * weight_decay) * w - rate * step
     return w
+
+
+def inverse_fisher(rows: Sequence[Tensor], m: int, damping: float, x: Tensor) -> Tensor:
+    """`(damping I + 1/m sum g g^T)^(-1) x`, one gradient after another by Sherman and Morrison's formula."""
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def solve(y: Tensor) -> Tensor:
+        z = y / damping
+        for v, d in known:
+            z = z - v * (v @ y) / d
+        return z
+
+    for g in rows:
+        v = solve(g)
+        known.append((v, m + g @ v))
+    return solve(x)

@@ -38,7 +38,11 @@ class over_tensors(over):
     unit = "tensor"
 
 
-KINDS = [over, over_matrices, over_tensors]
+class over_pieces(over):
+    unit = "piece"
+
+
+KINDS = [over, over_matrices, over_tensors, over_pieces]
 A, B = ramp(2, 2), 10 * ramp(2, 3)  # sums 10 and 210
 
 
@@ -541,3 +545,37 @@ def test_a_layer_is_one_of_those_that_measured() -> None:
     opt = optimizer([("l.weight", params[0]), ("l.bias", params[1])], over_largest_layer(), lr=1.0)
     bias = torch.ones(2, dtype=torch.float64)
     assert distance(play(opt, params, [[-A, -bias]]), [-A / 12, -bias / 12]) < 1e-15
+
+
+@pytest.mark.parametrize("unit", ["matrix", "tensor", "piece"])
+def test_a_vector_is_measured_as_a_number_is(unit: Any) -> None:
+    class moments(Transform):
+        def __init__(self) -> None:
+            self.unit = unit  # type: ignore[misc]
+
+        def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
+            return {"size": u.double().abs().amax(), "powers": torch.stack([(u.double() ** n).sum() for n in (0, 1, 2)])}
+
+        def reduce(self, totals: dict[str, Tensor], shared: State, k: Context) -> dict[str, Tensor]:
+            assert totals["powers"].shape == (3,)
+            assert k.each["powers"].shape == (2, 3)
+            assert k.each["size"].shape == (2,)
+            return {"all": totals["powers"], "size": k.each["size"].amax()}
+
+        def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+            return (k.total["all"] / k.own["powers"] / k.total["size"])[1] * u
+
+    assert distance(update_of(moments(), A, B), [220 / 10 / 60 * A, 220 / 210 / 60 * B]) < 1e-15
+
+
+def test_measuring_is_told_the_rules_own_steps() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class counted(over_tensors):
+        def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
+            seen.append((k.step, k.clock))
+            return super().measure(u, state, x, k)
+
+    params = zeros((2, 2), (2, 3))
+    play(optimizer(params, counted(), lr=1.0), params, [[A, None], [A, B]])
+    assert sorted(seen) == [(1, 1), (1, 2), (2, 2)]

@@ -14,11 +14,13 @@ knows of it, and no rule is written a second time for speed.
 The contract:
 
 - `u`, `x` (the parameter) and the state arrive in float32 (float64 for float64 parameters), whatever the formats they are kept
-  in. A rule assigns new values to `state[...]`; it never writes into `u`, `x` or `k.grad`.
+  in. A rule assigns new values to `state[...]`; it never writes into `u`, `x` or `k.grad`. Where nothing is compiled it may
+  write into a state tensor, and then assigns it to its own name: a row of a window is written without copying the others.
 - What `unit` says decides the shape it sees: "element" rules see any flat piece of a tensor and must treat every element alike;
   "block" rules see `(blocks, elements)`, some equal blocks of neighbouring elements, and must treat every block alike;
   "matrix" rules see `(..., rows, columns)` with outputs as rows, one matrix or several equal ones at once; "tensor" rules see
-  the whole parameter; "layer" rules see a layer's weight and bias as one matrix `[W as (out, in * kernel) | b]`.
+  the whole parameter; "piece" rules as much of it as this process holds, and must treat every element alike; "layer" rules see
+  a layer's weight and bias as one matrix `[W as (out, in * kernel) | b]`.
 - Everything that changes from step to step, learning rate and bias corrections included, comes through `scalars`, which is
   computed on the host in float64 and read as attributes of `k`: a Python number in `update` is baked into the compiled kernel.
 - `update` returns the new update. After the last link the engine adds it to the weights: descent directions are therefore
@@ -35,7 +37,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-Unit = Literal["element", "block", "matrix", "tensor", "layer"]
+Unit = Literal["element", "block", "matrix", "tensor", "piece", "layer"]
 State = MutableMapping[str, Tensor]
 ROLES = ("matrix", "conv", "experts", "embedding", "head", "norm", "bias", "vector", "scalar")
 
@@ -141,8 +143,8 @@ class Transform:
     def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
         """Phase one, per parameter: 0-d tensors that `reduce` gets the totals of; may write state. {} costs nothing.
 
-        An "element" rule sees pieces, so what it returns must be sums over elements, and a "block" rule's over blocks: pieces
-        and shards are added.
+        An "element" or "piece" rule sees pieces, so what it returns must be sums over elements, and a "block" rule's over
+        blocks: pieces and shards are added. Where nothing is compiled, vectors may be measured too, of one length for all.
         """
         return {}
 
@@ -250,9 +252,9 @@ class Context:
     Attributes:
         grad: the raw gradient of this piece.
         total: what `reduce` returned. `own`: what `measure` returned for this very parameter.
-        each: in `reduce` alone, what `measure` returned for each of the link's parameters, (parameters,), in no fixed order.
+        each: in `reduce` alone, what `measure` returned for each parameter of the link, (parameters, ...), in no fixed order.
         step: the parameter's step count, `clock`: the steps this rule has taken over all of its parameters. Both exist only
-            where nothing is compiled (`refresh`, `reduce`, and rules of unit "matrix", "tensor", "layer").
+            where nothing is compiled (`refresh`, `reduce`, and rules of unit "matrix", "tensor", "piece", "layer").
         loss: the loss, if the closure gave one, else None.
         param: the `Param` (not in "element" and "block" rules, whose kernels serve all; of a batch of equal matrices, the
             first's).

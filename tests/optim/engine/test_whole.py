@@ -200,3 +200,26 @@ def test_rules_see_float32_or_better_whatever_the_weights_are(dtype: torch.dtype
     params = zeros((4, 6), dtype=dtype)
     play(optimizer(params, apply_matrix(look, {"buffer": 0.0}), lr=1.0), params, [[torch.ones(4, 6)]])
     assert set(seen) == {torch.float64 if dtype is torch.float64 else torch.float32}
+
+
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", [apply_matrix, apply_tensor])
+def test_a_state_written_in_place_and_assigned_is_kept(kind: type[apply], state: str) -> None:
+    def add(u: Tensor, held: State, x: Tensor, k: Context) -> Tensor:
+        held["sum"].add_(u)
+        held["sum"] = held["sum"]
+        return held["sum"]
+
+    def plain(u: Tensor, held: State, x: Tensor, k: Context) -> Tensor:
+        held["sum"] = held["sum"] + u
+        return held["sum"]
+
+    start, grads = draw([(64, 128)], 3)
+    ends = []
+    for f in (add, plain):
+        params = leaves(start)
+        opt = optimizer(params, kind(f, {"sum": 0.0}), lr=0.1, state=state)
+        kept = {key: t for key, t in opt.state[params[0]].items() if key != "step"}
+        ends.append(play(opt, params, grads))
+        assert all(opt.state[params[0]][key] is t for key, t in kept.items())
+    assert same(*ends)

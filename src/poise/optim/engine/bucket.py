@@ -15,6 +15,7 @@ from poise.memory.matrix import MatrixCodec
 from ..transform import Transform
 from . import kernels, shards
 from .flat import Flat, Mode
+from .measured import Columns
 from .members import LOW, Member
 from .program import Program, reads_loss, reads_own
 from .segments import cut
@@ -33,7 +34,7 @@ class Pass:
     which: list[int]  # each member's row
     feeds: list[dict[str, Tensor]]
     us: list[Tensor] = field(default_factory=list)  # local, contiguous, in the computing dtype
-    own: dict[str, tuple[tuple[str, ...], Tensor]] = field(default_factory=dict)  # link prefix -> names, (members, names)
+    own: dict[str, tuple[Columns, Tensor]] = field(default_factory=dict)  # link prefix -> what was measured, (members, columns)
     segment: int = 0
     clock: int = 0  # steps of the rule
 
@@ -45,7 +46,7 @@ class Pass:
 
         kept = sorted({self.which[i] for i in at})
         rows, which = [self.rows[w] for w in kept], [kept.index(self.which[i]) for i in at]
-        own = {prefix: (names, values[list(at)]) for prefix, (names, values) in self.own.items()}
+        own = {prefix: (columns, values[list(at)]) for prefix, (columns, values) in self.own.items()}
         return Pass(
             some(self.members),
             some(self.grads),
@@ -106,10 +107,11 @@ class Bucket:
                 self.mode = "inductor" if kernels.compiler() else "chunks"
         return Flat(program, like, "eager" if self.mode == "tiles" else self.mode)  # type: ignore[arg-type]
 
-    def measure(self, p: Pass, position: int, us: Sequence[Tensor]) -> tuple[tuple[str, ...], Tensor]:
-        """Phase one of one link over the members of a pass: names, and values (members, names)."""
+    def measure(self, p: Pass, position: int, us: Sequence[Tensor]) -> tuple[Columns, Tensor]:
+        """Phase one of one link over the members of a pass: what is measured, and the values (members, columns)."""
         if self.bound[position].link.unit not in ("element", "block"):
-            return measure_whole(position, p.members, us, p.grads, [p.rows[w] for w in p.which], p.steps, p.feeds)
+            rows = [p.rows[w] for w in p.which]
+            return measure_whole(position, p.members, us, p.grads, rows, p.steps, p.clock, p.feeds)
         begins = position == 0 or self.links[position].reads == "grad"
         given = Pass(p.members, p.grads, p.steps, p.rows, p.which, p.feeds, [] if begins else list(us))
         return self._run((position,), given, {}, {}, measuring=True)
@@ -128,7 +130,7 @@ class Bucket:
         if not segment.tiled:
 
             def facts(i: int) -> dict[str, Any]:
-                own = {prefix: dict(zip(names, values[i].unbind(0), strict=True)) for prefix, (names, values) in p.own.items()}
+                own = {prefix: columns.apart(values[i]) for prefix, (columns, values) in p.own.items()}
                 return {"totals": by_prefix, "own": own, "feeds": p.feeds[i], "known": {"clock": p.clock, "loss": loss}}
 
             incoming = p.us or [g.to(self.compute) for g in p.grads]
@@ -140,11 +142,11 @@ class Bucket:
         own_here = {
             prefix: found
             for prefix, found in p.own.items()
-            if prefix in prefixes and self._reads(reads_own, prefix, found[0], p.rows[0], by_prefix.get(prefix, {}))
+            if prefix in prefixes and self._reads(reads_own, prefix, tuple(found[0]), p.rows[0], by_prefix.get(prefix, {}))
         }
         if loss is not None:
             for prefix in prefixes:
-                names = p.own[prefix][0] if prefix in p.own else ()
+                names = tuple(p.own[prefix][0]) if prefix in p.own else ()
                 if self._reads(reads_loss, prefix, names, p.rows[0], by_prefix.get(prefix, {})):
                     totals_here["loss"] = float(loss)
         ends = p.segment == len(self.segments) and not dry
@@ -173,7 +175,7 @@ class Bucket:
         p: Pass,
         positions: Sequence[int],
         totals: Mapping[str, Any],
-        own: Mapping[str, tuple[tuple[str, ...], Tensor]],
+        own: Mapping[str, tuple[Columns, Tensor]],
     ) -> tuple[list[list[Any]], list[int], tuple[str, ...]]:
         """Rows of scalars for these links: one for each distinct row, or for each member where values are its own."""
         prefixes = tuple(self.bound[i].prefix for i in positions)
@@ -204,11 +206,11 @@ class Bucket:
         positions: tuple[int, ...],
         p: Pass,
         totals: Mapping[str, Any],
-        own: Mapping[str, tuple[tuple[str, ...], Tensor]],
+        own: Mapping[str, tuple[Columns, Tensor]],
         measuring: bool = False,
         dry: bool = False,
-    ) -> tuple[tuple[str, ...], Tensor]:
-        """Run element and block links over a pass; their measured sums by name, (members, names)."""
+    ) -> tuple[Columns, Tensor]:
+        """Run element and block links over a pass; their measured sums, (members, columns)."""
         run = self._run_mixed if self.mixed else self._run_one
         return run(positions, p, totals, own, measuring, dry)
 
@@ -217,10 +219,10 @@ class Bucket:
         positions: tuple[int, ...],
         p: Pass,
         totals: Mapping[str, Any],
-        own: Mapping[str, tuple[tuple[str, ...], Tensor]],
+        own: Mapping[str, tuple[Columns, Tensor]],
         measuring: bool,
         dry: bool,
-    ) -> tuple[tuple[str, ...], Tensor]:
+    ) -> tuple[Columns, Tensor]:
         table, which, names = self._table(p, positions, totals, own)
         runner = self.runner(p.members[0], positions, names, measuring, dry)
         if isinstance(runner, Flat):
@@ -231,9 +233,9 @@ class Bucket:
             sums = runner.run(p.members, inputs, table, which, p.steps)
         else:
             sums = self._run_tiles(runner, p, table, which)
-        return tuple(name.rpartition("/")[2] for name in runner.sums), torch.as_tensor(sums)
+        return Columns.numbers(name.rpartition("/")[2] for name in runner.sums), torch.as_tensor(sums)
 
-    def _run_mixed(self, positions: tuple[int, ...], p: Pass, *given: Any) -> tuple[tuple[str, ...], Tensor]:
+    def _run_mixed(self, positions: tuple[int, ...], p: Pass, *given: Any) -> tuple[Columns, Tensor]:
         """The same for members of several signatures, one signature after another."""
         totals, own, measuring, dry = given
         kinds: dict[Any, list[int]] = {}

@@ -12,6 +12,7 @@ from ..transform import Context, Transform
 from . import shards
 from .bucket import Bucket, Pass
 from .links import Bound, StateView
+from .measured import Columns
 from .members import Member
 
 Scopes = Mapping[int, tuple[Transform, list[tuple[Member, Bound]]]]  # every link by identity, with all members that hold it
@@ -45,25 +46,26 @@ class Totals:
         loss: Tensor | None,
     ) -> dict[str, Any]:
         """Phase one of `link` over all its members, added up, and its reduce()."""
-        found: list[tuple[Bucket, Pass, int, tuple[str, ...], Tensor]] = []
+        found: list[tuple[Bucket, Pass, int, Columns, Tensor]] = []
         for bucket, p in passes:
             for position, held_link in enumerate(bucket.links):
                 if held_link is link:
-                    names, values = bucket.measure(p, position, (p.us or p.grads) if link.reads == "update" else p.grads)
-                    found.append((bucket, p, position, names, values))
+                    columns, values = bucket.measure(p, position, (p.us or p.grads) if link.reads == "update" else p.grads)
+                    found.append((bucket, p, position, columns, values))
         if not found:
             return {}
         counted = [(p.members, values) for _, p, _, _, values in found]
         if link.absent == "zeros":
             counted += self._absent(link, passes)
-        if link.unit in ("element", "block"):
+        if link.unit in ("element", "block", "piece"):
             _over_ranks(link, counted)
         where = found[0][4].device  # of the totals, should the members be on several
         sums = torch.stack([values.sum(0).to(where) for _, values in counted]).sum(0)
-        totals = dict(zip(found[0][3], sums.unbind(0), strict=True))
+        columns = found[0][3]
+        totals = columns.apart(sums)
         each = torch.cat([values[_counting(link, members)].to(where) for members, values in counted])
-        for bucket, p, position, names, values in found:
-            p.own[bucket.bound[position].prefix] = (names, values)
+        for bucket, p, position, measured, values in found:
+            p.own[bucket.bound[position].prefix] = (measured, values)
         bucket, p, position, _, _ = found[0]
         member, bound, i = p.members[0], bucket.bound[position], 0
         holder, at = self.scopes[id(link)][1][0]  # shared slots are kept with the first member that holds the link
@@ -72,7 +74,7 @@ class Totals:
         row = {n.removeprefix(bound.prefix): v for n, v in p.rows[p.which[i]].items() if n.startswith(bound.prefix)}
         k = Context(
             row, total=totals, own={}, loss=loss, step=p.steps[i], clock=p.clock, param=member.spec, inner=(), grad=p.grads[i],
-            each=dict(zip(found[0][3], each.unbind(1), strict=True)),
+            each=columns.apart(each),
         )  # fmt: skip
         reduced = link.reduce(totals, view, k)
         if "skip" in reduced and link not in self.stateless:
@@ -95,7 +97,8 @@ class Totals:
                     zeros = [torch.zeros(m.rank_shape, dtype=m.format.dtype, device=m.local.device) for m in absent]
                     steps = [self.next_step(m) for m in absent]
                     rows = [m.row(s) for m, s in zip(absent, steps, strict=True)]
-                    p = Pass(absent, zeros, steps, rows, list(range(len(absent))), [{} for _ in absent])
+                    fed: list[dict[str, Tensor]] = [{} for _ in absent]
+                    p = Pass(absent, zeros, steps, rows, list(range(len(absent))), fed, clock=passes[0][1].clock)
                     held = [
                         {key: shards.local(t).clone() for key, t in m.state.items()} if m.bound[position].slots else {}
                         for m in absent

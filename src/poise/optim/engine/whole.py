@@ -5,7 +5,7 @@ A sharded parameter is gathered first, on every rank; what comes out, and the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..transform import Transform
 from . import shards
 from .layers import joined, parted
 from .links import Bound, Env, call_update, settled
+from .measured import Columns
 from .members import LOW, Member, state_draw
 from .views import stored_as, view_of
 
@@ -94,16 +95,21 @@ class Whole:
         single = len(members) == 1
         blind = all(first.bound[i].link.blind for i in self.positions)
 
+        here = first.bound[self.positions[0]].link.unit == "piece"  # what this rank holds is what is seen
+
         def together(pieces: list[Tensor]) -> Tensor:
-            whole = [shards.gather(m.tensor, piece) for m, piece in zip(members, pieces, strict=True)]
+            whole = pieces if here else [shards.gather(m.tensor, piece) for m, piece in zip(members, pieces, strict=True)]
             return whole[0] if single else _stack(whole)
 
         u = together(us)
         grad = u if blind else together([g.to(u.dtype) for g in grads])
         x = u if blind else together([m.format.read(stored_weights(m)) for m in members])
-        facts = {**facts, "feeds": {name: shards.gather(first.tensor, fed) for name, fed in facts["feeds"].items()}}
-        u = self._links(first, u, grad, x, row, noise(members, steps), steps[0], facts, single)
+        facts = {**facts, "feeds": {name: together([fed]) for name, fed in facts["feeds"].items()}}
+        bits = piece_noise(first, steps[0]) if here else noise(members, steps)
+        u = self._links(first, u, grad, x, row, bits, steps[0], facts, single)
         pieces = [u] if single else u.unbind(0)
+        if here:
+            return [u.contiguous()]
         return [shards.scatter(m.tensor, piece).contiguous() for m, piece in zip(members, pieces, strict=True)]
 
     def _layer(
@@ -146,7 +152,7 @@ class Whole:
         """The links one after another, on whole tensors, and their state kept."""
         links = [member.bound[i] for i in self.positions]
         states = {key: value for b in links for key, value in whole_state(member, b).items()} if stateful else {}
-        written, before = set[str](), list(states.values())
+        written, before = set[str](), dict(states)
         for bound in links:
             unit = bound.link.unit
             env = Env(view_of(unit, member.spec, grad), view_of(unit, member.spec, x), states, row, written, **facts)
@@ -154,9 +160,9 @@ class Whole:
             env.known = {**env.known, "param": bound.param, "step": step}
             env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
             u = stored_as(unit, member.spec, call_update(bound, view_of(unit, member.spec, u), env), u.shape)
-        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in before):
+        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in before.values()):
             u = u.clone()  # the state is about to be overwritten
-        keep_states(member, settled({key: states[key] for key in written}, before), step)
+        keep_states(member, assigned(states, written, before), step)
         return u
 
 
@@ -196,25 +202,35 @@ def stored_weights(member: Member) -> dict[str, Tensor]:
     return stored
 
 
+def assigned(states: Mapping[str, Tensor], written: Iterable[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What rules assigned, apart from the memory of what was there; a tensor that was written in place stands for itself."""
+    new = {key: states[key] for key in written if states[key] is not before[key]}
+    return settled(new, before.values()) | {key: states[key] for key in written if states[key] is before[key]}
+
+
 def whole_state(member: Member, bound: Bound) -> dict[str, Tensor]:
-    """The values of a link's slots, gathered; those of the parameter's shape as the link sees the parameter."""
+    """The values of a link's slots, gathered unless it sees pieces; those of the parameter's shape as it sees the parameter."""
     states: dict[str, Tensor] = {}
     for key in bound.state_keys():
         store = member.stores[key]
-        value = shards.gather_as(member.tensor, store.read(member.state), store.slot.shape, member.dims[key])
+        value = store.read(member.state)
+        if bound.link.unit != "piece":
+            value = shards.gather_as(member.tensor, value, store.slot.shape, member.dims[key])
         same = tuple(store.slot.shape) == tuple(member.spec.shape)
         states[key] = view_of(bound.link.unit, member.spec, value) if same else value
     return states
 
 
 def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None:
-    """Write whole slots back to where they are kept."""
+    """Write slots back to where they are kept."""
     units = {key: b.link.unit for b in member.bound for key in b.state_keys()}
     for position, (key, store) in enumerate(member.stores.items()):
         if key in states:
             same = tuple(store.slot.shape) == tuple(member.spec.shape)
-            whole = stored_as(units[key] if same else "tensor", member.spec, states[key], store.slot.shape)
-            value = shards.scatter_as(member.tensor, whole, store.slot.shape, member.dims[key])
+            value = states[key]
+            if units[key] != "piece":
+                whole = stored_as(units[key] if same else "tensor", member.spec, value, store.slot.shape)
+                value = shards.scatter_as(member.tensor, whole, store.slot.shape, member.dims[key])
             stochastic = store.codec is not None and store.codec.stochastic
             bits = None
             if stochastic:
@@ -240,6 +256,11 @@ def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Ten
     return bits
 
 
+def piece_noise(member: Member, step: int) -> Callable[[int, Tensor], Tensor]:
+    """Random bits for this rank's piece of a parameter, in the shape of a tensor."""
+    return lambda salt, like: member.bits(step, salt).reshape(like.shape)
+
+
 def refresh(
     member: Member,
     bounds: Sequence[Bound],
@@ -250,26 +271,26 @@ def refresh(
 ) -> None:
     """Run `refresh` of these links (or inner rules) of one member; of a layer, for its leader."""
     states = {key: value for b in member.bound for key, value in whole_state(member, b).items()}
-    written, before = set[str](), list(states.values())
+    written, before = set[str](), dict(states)
     for bound, unit in [(b, top.link.unit) for top in member.bound for b in top.family() if b in bounds]:
         if unit == "layer" and member.layer is not None and not member.layer.leads:
             continue
         env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, **facts)
-        env.bits = lambda salt, like=env.x: noise([member], [step])(salt, like)
+        bits = piece_noise(member, step) if unit == "piece" else noise([member], [step])
+        env.bits = lambda salt, like=env.x, bits=bits: bits(salt, like)
         env.known = {**env.known, "param": bound.param, "step": step}
         bound.link.refresh(env.grad, env.view(bound), env.x, env.context(bound, env.grad, env.handles(bound)))
-    keep_states(member, settled({key: states[key] for key in written}, before), step)
+    keep_states(member, assigned(states, written, before), step)
 
 
 def seen(unit: str, member: Member, values: Mapping[Member, Tensor] | None) -> Tensor:
     """What a link of this unit sees of a member: of `values` (zeros where it has none), or of the weights."""
 
     def whole(m: Member) -> Tensor:
-        if values is None:
-            return shards.gather(m.tensor, m.format.read(stored_weights(m)))
-        if m not in values:
+        if values is not None and m not in values:
             return torch.zeros(m.spec.shape, dtype=m.format.compute, device=m.device)
-        return shards.gather(m.tensor, values[m].to(m.format.compute))
+        piece = m.format.read(stored_weights(m)) if values is None else values[m].to(m.format.compute)
+        return piece if unit == "piece" else shards.gather(m.tensor, piece)
 
     if unit == "layer":
         return joined(whole(member), member.spec, None if member.partner is None else whole(member.partner))
@@ -283,9 +304,10 @@ def measure_whole(
     grads: Sequence[Tensor],
     rows: Sequence[Mapping[str, Any]],
     steps: Sequence[int],
+    clock: int,
     feeds: Sequence[Mapping[str, Tensor]],
-) -> tuple[tuple[str, ...], Tensor]:
-    """Phase one of a link that sees whole parameters: names, and values (members, names).
+) -> tuple[Columns, Tensor]:
+    """Phase one of a link that sees whole parameters or pieces: what is measured, and the values (members, columns).
 
     A layer is measured once, with its leader, or with the only one of its two that has a gradient.
     """
@@ -302,16 +324,13 @@ def measure_whole(
         lead = lead if unit == "layer" else m
         bound, written = lead.bound[position], set[str]()
         states = whole_state(lead, bound)
-        before = list(states.values())
+        before = dict(states)
         fed = {name: seen(unit, lead, values) for name, values in given.items()}
         env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=fed)
-        env.known = {"param": bound.param, "step": steps[i]}
-        env.bits = lambda salt, like=env.x, lead=lead, step=steps[i]: noise([lead], [step])(salt, like)
+        env.known = {"param": bound.param, "step": steps[i], "clock": clock}
+        bits = piece_noise(lead, steps[i]) if unit == "piece" else noise([lead], [steps[i]])
+        env.bits = lambda salt, like=env.x, bits=bits: bits(salt, like)
         found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))
-        keep_states(lead, settled({key: states[key] for key in written}, before), steps[i])
-    names = tuple(next((values for values in found if values), {}))
-    none = torch.zeros((), device=members[0].device)
-    values = [
-        torch.stack([values.get(name, none).reshape(()) for name in names]) if names else none.new_zeros(0) for values in found
-    ]
-    return names, torch.stack(values)
+        keep_states(lead, assigned(states, written, before), steps[i])
+    columns = Columns.of(next((values for values in found if values), {}))
+    return columns, torch.stack([columns.row(values, members[0].device) for values in found])
