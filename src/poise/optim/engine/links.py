@@ -20,8 +20,8 @@ from ..transform import Chain, Context, Param, Slot, Transform
 from .blocks import Runs, narrow_slots, runs_of
 from .layers import Layer
 
-# What programs call their inputs beside the state, and the count of steps: no slot may be called so.
-TAKEN = ("step", "g", "u", "x", "row", "noise", "error")
+# What programs call their inputs beside the state of element and block links.
+TAKEN = ("g", "u", "x", "row", "noise", "error")
 # Salts keep apart the numbers that one element uses for different purposes in one step.
 SALT_WEIGHTS, SALT_STATE, SALT_RULE = 0x51ED270B, 0x2C1B3C6D, 0x297A2D39
 
@@ -100,9 +100,10 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
         follows = layer is not None and layer_rule and not layer.leads
         for name, slot in ({} if follows else link.slots(p)).items():
             key = name if top and names.count(name) == 1 else f"{path}.{name}"
-            if key in keys or key in TAKEN:
-                why = f"exists twice for parameter {p.name}" if key in keys else "is a name that the engine uses itself"
-                raise ValueError(f"{link!r}: state {key!r} {why}")
+            if key in keys or key == "step":
+                raise ValueError(f"{link!r}: state {key!r} exists twice for parameter {p.name}")
+            if link.unit in ("element", "block") and key in TAKEN:
+                raise ValueError(f"{link!r}: state {key!r} is called as what such a rule is given; call it otherwise")
             keys[key] = slot
             (shared if slot.shared else slots)[name] = key
         inner = tuple(
