@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "optim": ("poise.optim.rules", "poise.optim.transforms"),
     "training": tuple(f"poise.training.{room}" for room in ("drivers", "layers", "losses", "solvers", "symmetry")),
     "memory": ("poise.memory",),
-    "linalg": ("poise.linalg",),
+    "linalg": ("poise.linalg", "poise.linalg.solvers"),
     "compare": ("poise.compare.protocols",),
 }
 NEEDS_EXTRA = {"compare"}  # rooms that the core dependencies do not open; without the extra their methods are not listed
