@@ -61,7 +61,7 @@ class Shampoo(Optimizer):
         precondition_frequency: 1, as published; set 50 to 100 for large models: a block of side b costs some 20 b^3.
         start_preconditioning_step: None: precondition_frequency.
         max_preconditioner_dim: 1024. Other blocks are another method: results of two settings differ.
-        grafting: "none"; "sgd", "adam", "rmsprop" or "adagrad", each over M. Set it: with "adam" the learning rates of Adam hold.
+        grafting: "none"; "sgd", "adam", "rmsprop" or "adagrad", each over M. Set it: with "adam" learning rates are Adam's.
         grafting_beta2: None takes b2. grafting_eps: 1e-8.
         exponent: of matrices; None: 1/4. 1/2 is nearer to full-matrix moments.
         root: "eigh", in float64 for blocks up to 1024, or "newton", products alone in the precision at hand.
