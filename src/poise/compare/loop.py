@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from poise.compare import randomness
 from poise.compare.tasks import Split, Task
+from poise.training import LayerMeans, captures
 
 WARMUP = 0.1  # share of the run
 CURVE_POINTS = 50
@@ -39,6 +40,8 @@ class Loop:
         self.task, self.seed, self.passes, self.device = task, seed, passes, device
         self.model = task.model().to(device)
         self.optimizer = build(self.model)
+        if captures.wanted(self.optimizer):
+            LayerMeans(self.model, self.optimizer)
         self.done = 0  # passes taken
         self.losses: list[float] = []  # of each step's first pass
         self.taken: list[int] = []  # passes of each step

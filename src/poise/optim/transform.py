@@ -56,6 +56,7 @@ class Param:
     count: int = 1  # of this many
     splits: tuple[int, ...] = ()  # rows of each part of a fused projection (q, k, v stored as one), empty: not fused
     tied: bool = False  # used in more than one place
+    bias: bool = False  # as rules of unit "layer" see a layer: whether the last column of the joint matrix is its bias
     inputs_first: bool = False  # stored (in, out, ...): transposed convolutions, GPT-2's Conv1D, some stacked experts
 
     @property
@@ -101,6 +102,7 @@ class Transform:
     reads: Literal["grad", "update"] = "grad"  # what measure() is given: the raw gradient, or the update that reaches this link
     absent: Literal["skip", "zeros"] = "skip"  # a parameter without gradient is left out of the totals, or counts as zeros
     feeds: tuple[str, ...] = ()  # tensors that opt.feed() must have given before the step
+    fed_by: str = ""  # what else a user can do than to call opt.feed(), for the error where nobody did
     needs_loss: bool = False  # step() must be given a closure that returns the loss, which is then k.loss
     inner: tuple[Transform, ...] = ()  # rules this one drives inside a split, a rotation, a preconditioner
     every: int = 0  # period of refresh(); 0: never

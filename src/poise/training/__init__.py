@@ -16,9 +16,10 @@ from typing import Any
 
 from poise.catalog import ROOMS, resolve
 
+from .captures import LayerMeans
 from .driver import Driver
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "LayerMeans"]
 
 
 def __getattr__(name: str) -> Any:

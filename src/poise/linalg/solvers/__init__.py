@@ -1,1 +1,1 @@
-"""Solvers: minima of functions of few enough unknowns, with their curvature."""
+"""Solvers whose unknown is a tensor, not a model: minima, fixed points, systems of equations and fits."""

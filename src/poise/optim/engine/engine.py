@@ -234,8 +234,9 @@ def _fed(bucket: Bucket, m: Member, feeds: Mapping[str, Mapping[int, Tensor]]) -
     fed: dict[str, Tensor] = {}
     for name in bucket.feeds:
         if id(m.tensor) not in feeds.get(name, {}):
+            hint = next((f", or {link.fed_by}" for link in m.rule if name in link.feeds and link.fed_by), "")
             raise RuntimeError(
-                f"{m.rule!r} needs {name!r} for parameter {m.spec.name!r}: call opt.feed({name}=...) before step()"
+                f"{m.rule!r} needs {name!r} for parameter {m.spec.name!r}: call opt.feed({name}=...) before step(){hint}"
             )
         fed[name] = shards.local(feeds[name][id(m.tensor)]).to(m.format.compute).contiguous()
     return fed

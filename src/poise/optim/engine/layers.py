@@ -35,7 +35,7 @@ def join(described: Sequence[Param]) -> dict[str, Layer]:
         rows, columns = _one(p).matrix
         if bias is not None and (tuple(bias.shape) != (rows,) or bias.name in layers):
             bias = None
-        joint = replace(p, shape=torch.Size((rows, columns + (bias is not None))), inputs_first=False)
+        joint = replace(p, shape=torch.Size((rows, columns + (bias is not None))), inputs_first=False, bias=bias is not None)
         layers[p.name] = Layer(joint, True, bias.name if bias else None)
         if bias is not None:
             layers[bias.name] = Layer(joint, False, p.name)
