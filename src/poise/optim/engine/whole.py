@@ -5,7 +5,8 @@ A sharded parameter is gathered first, on every rank; what comes out, and the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -145,8 +146,7 @@ class Whole:
     ) -> Tensor:
         """The links one after another, on whole tensors, and their state kept."""
         links = [member.bound[i] for i in self.positions]
-        states = {key: value for b in links for key, value in whole_state(member, b).items()} if stateful else {}
-        written, before = set[str](), list(states.values())
+        states, written = Held(member, links if stateful else ()), set[str]()
         for bound in links:
             unit = bound.link.unit
             env = Env(view_of(unit, member.spec, grad), view_of(unit, member.spec, x), states, row, written, **facts)
@@ -154,9 +154,9 @@ class Whole:
             env.known = {**env.known, "param": bound.param, "step": step}
             env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
             u = stored_as(unit, member.spec, call_update(bound, view_of(unit, member.spec, u), env), u.shape)
-        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in before):
+        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in states.before):
             u = u.clone()  # the state is about to be overwritten
-        keep_states(member, settled({key: states[key] for key in written}, before), step)
+        keep_states(member, settled({key: states[key] for key in written}, states.before), step)
         return u
 
 
@@ -196,15 +196,38 @@ def stored_weights(member: Member) -> dict[str, Tensor]:
     return stored
 
 
-def whole_state(member: Member, bound: Bound) -> dict[str, Tensor]:
-    """The values of a link's slots, gathered; those of the parameter's shape as the link sees the parameter."""
-    states: dict[str, Tensor] = {}
-    for key in bound.state_keys():
-        store = member.stores[key]
-        value = shards.gather_as(member.tensor, store.read(member.state), store.slot.shape, member.dims[key])
-        same = tuple(store.slot.shape) == tuple(member.spec.shape)
-        states[key] = view_of(bound.link.unit, member.spec, value) if same else value
-    return states
+class Held(MutableMapping[str, Tensor]):
+    """The values of some links' slots, each gathered when it is first looked at: state that no rule looks at costs nothing.
+
+    Those of the parameter's shape are as the link sees the parameter. `before` is what was gathered.
+    """
+
+    def __init__(self, member: Member, bounds: Sequence[Bound]) -> None:
+        self.member = member
+        self.units = {key: b.link.unit for b in bounds for key in b.state_keys()}
+        self._values: dict[str, Tensor] = {}
+        self.before: list[Tensor] = []
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._values:
+            m, store = self.member, self.member.stores[key]
+            value = shards.gather_as(m.tensor, store.read(m.state), store.slot.shape, m.dims[key])
+            same = tuple(store.slot.shape) == tuple(m.spec.shape)
+            self._values[key] = view_of(self.units[key], m.spec, value) if same else value
+            self.before.append(self._values[key])
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"state {key!r} cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
 
 
 def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None:
@@ -219,13 +242,15 @@ def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None
             bits = None
             if stochastic:
                 salt, half = state_draw(position)
-                bits = half(member.bits(step, salt) if same else plain_bits(member, step, salt, value.numel()))
+                bits = half(member.bits(step, salt) if same else _bits_of(member, key, step, salt))
             store.write(member.state, value.reshape(store.shape), bits)
 
 
-def plain_bits(member: Member, step: int, salt: int, size: int) -> Tensor:
-    """Random bits for a tensor that every rank holds whole."""
-    where = torch.arange(size, dtype=torch.int32, device=member.local.device)
+def _bits_of(member: Member, key: str, step: int, salt: int) -> Tensor:
+    """Random bits for this rank's piece of a slot of another shape than the parameter's."""
+    shape = member.stores[key].slot.shape
+    whole = torch.arange(math.prod(shape), dtype=torch.int32, device=member.local.device).reshape(tuple(shape))
+    where = shards.scatter_as(member.tensor, whole, shape, member.dims[key]).reshape(-1)
     return noise_bits(int32(member.noise_key(step) + salt), where)
 
 
@@ -249,16 +274,17 @@ def refresh(
     facts: dict[str, Any],
 ) -> None:
     """Run `refresh` of these links (or inner rules) of one member; of a layer, for its leader."""
-    states = {key: value for b in member.bound for key, value in whole_state(member, b).items()}
-    written, before = set[str](), list(states.values())
+    states, written, rested = Held(member, member.bound), set[str](), set[str]()
     for bound, unit in [(b, top.link.unit) for top in member.bound for b in top.family() if b in bounds]:
         if unit == "layer" and member.layer is not None and not member.layer.leads:
             continue
-        env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, **facts)
+        env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, rested=rested, **facts)
         env.bits = lambda salt, like=env.x: noise([member], [step])(salt, like)
         env.known = {**env.known, "param": bound.param, "step": step}
         bound.link.refresh(env.grad, env.view(bound), env.x, env.context(bound, env.grad, env.handles(bound)))
-    keep_states(member, settled({key: states[key] for key in written}, before), step)
+    keep_states(member, settled({key: states[key] for key in written - rested}, states.before), step)
+    for key in rested:
+        member.stores[key].rest(member.state)
 
 
 def seen(unit: str, member: Member, values: Mapping[Member, Tensor] | None) -> Tensor:
@@ -301,14 +327,13 @@ def measure_whole(
             continue
         lead = lead if unit == "layer" else m
         bound, written = lead.bound[position], set[str]()
-        states = whole_state(lead, bound)
-        before = list(states.values())
+        states = Held(lead, [bound])
         fed = {name: seen(unit, lead, values) for name, values in given.items()}
         env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=fed)
         env.known = {"param": bound.param, "step": steps[i]}
         env.bits = lambda salt, like=env.x, lead=lead, step=steps[i]: noise([lead], [step])(salt, like)
         found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))
-        keep_states(lead, settled({key: states[key] for key in written}, before), steps[i])
+        keep_states(lead, settled({key: states[key] for key in written}, states.before), steps[i])
     names = tuple(next((values for values in found if values), {}))
     none = torch.zeros((), device=members[0].device)
     values = [
