@@ -386,3 +386,97 @@ def test_nothing_but_the_update_is_carried_over_to_a_blind_rule() -> None:
         params = zeros((2, 2))
         play(optimizer(params, counting(inner), lr=1.0), params, [[torch.ones(2, 2)]])
         assert len(carried) == times
+
+
+class by_turns(through_matrix):
+    """Its inner rule runs in every second pair of steps, and rests in between."""
+
+    rests = True
+    every = 2
+
+    def refresh(self, u: Tensor, state: State, x: Tensor, k: Context) -> None:
+        k.inner[0].rest()
+
+    def enter(self, u: Tensor, state: State, x: Tensor, k: Context) -> tuple[Tensor | None, ...]:
+        return (u if (k.step - 1) % 4 >= 2 else None,)
+
+    def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+        return k.inner[0].apply(u) if (k.step - 1) % 4 >= 2 else 0 * u
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8", "int4"])
+def test_state_at_rest_is_at_its_beginning_and_takes_no_memory(state: str) -> None:
+    start, grads = draw([(64, 128)], 8, dtype=torch.float32)
+    (p,) = params = leaves(start)
+    opt = optimizer(params, chain(by_turns(heavy())), lr=0.1, state=state)
+    twin = leaves(start)
+    always = optimizer(twin, chain(through_matrix(heavy())), lr=0.1, state=state).state_bytes()
+    sizes = []
+    for row in grads:
+        play(opt, params, [row])
+        sizes.append(opt.state_bytes())
+    assert sizes[2] == sizes[3] == sizes[6] == sizes[7] == always
+    assert max(sizes[0], sizes[1], sizes[4], sizes[5]) <= 8
+    (key,) = {key.partition(".codes")[0].partition(".scale")[0] for key in opt.state[p] if key != "step"}
+    m = opt._members()[0]
+    m.state = opt.state[p]
+    gradient = grads[6][0], grads[7][0]
+    assert gradient[0] is not None and gradient[1] is not None
+    wanted = 0.5 * gradient[0] + gradient[1]  # nothing of the first turn is left
+    assert distance([m.stores[key].read(m.state)], [wanted]) < {"fp32": 1e-6, "bf16": 0.05, "int8": 0.3, "int4": 2.0}[state]
+
+
+def test_only_what_declares_it_may_rest_and_only_in_refresh() -> None:
+    with pytest.raises(RuntimeError, match="rests=True"):
+        _rebased(lambda inner: inner.rest())
+
+    class at_once(by_turns):
+        every = 0
+
+        def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
+            k.inner[0].rest()
+            return u
+
+    params = zeros((2, 2))
+    with pytest.raises(RuntimeError, match=r"refresh\(\)"):
+        play(optimizer(params, chain(at_once(heavy())), lr=1.0), params, [[torch.ones(2, 2)]])
+
+    class elementwise(through):
+        rests = True
+
+    with pytest.raises(ValueError, match="unit 'tensor'"):
+        optimizer(zeros((2, 2)), chain(elementwise(heavy())), lr=1.0)
+    with pytest.raises(ValueError, match="'param'"):
+        optimizer(zeros((2, 2)), chain(by_turns(_kinds())), lr=1.0)
+
+
+def test_state_of_a_part_follows_the_parameters_dimensions_that_the_part_has() -> None:
+    class lower(through_matrix):
+        def parts(self, p: Param) -> tuple[Param, ...]:
+            return (replace(p, shape=torch.Size((2, p.shape[0]))),)
+
+        def follows(self, p: Param) -> tuple[tuple[int | None, ...] | None, ...]:
+            return ((None, 0),)
+
+    class window(through_matrix):
+        def slots(self, p: Param) -> dict[str, Slot]:
+            return {"window": Slot((5, *p.shape), dims=(None, 0, 1))}
+
+    opt = optimizer(zeros((6, 3)), chain(lower(window(heavy()))), lr=1.0)
+    (m,) = opt._members()
+    assert {key.rpartition(".")[2]: dims for key, dims in m.dims.items()} == {"window": (None, None, 0), "buffer": (None, 0)}
+
+
+def test_reset_and_a_change_of_basis_reach_the_rules_inside_an_inner_rule() -> None:
+    class deep(rebased):
+        def __init__(self, how: Callable[[Any], None]) -> None:
+            self.inner, self.how = (through_matrix(heavy()),), how
+
+    for how, wanted in ((lambda inner: inner.rebase(lambda t: -t), -0.875 * U), (lambda inner: inner.reset(), 0 * U)):
+        (p,) = params = zeros((2, 2))
+        opt = optimizer(params, chain(deep(how)), lr=1.0)
+        play(opt, params, [[0 * U]] * 3)
+        play(opt, params, [[U]] * 3)
+        assert torch.equal(opt.state[p][_key(opt, p)], 1.75 * U)
+        play(opt, params, [[0 * U]])  # before it, the second refresh
+        assert torch.equal(opt.state[p][_key(opt, p)], wanted)

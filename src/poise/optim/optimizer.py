@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from poise.memory import codec as codecs
 
 from . import resume
-from .engine import shards
+from .engine import storage
 from .engine.engine import Engine, chain_of
 from .engine.layers import Layer, join
 from .engine.links import initial
@@ -140,11 +142,17 @@ class Optimizer(torch.optim.Optimizer):
     def _members(self) -> list[Member]:
         """Every parameter with its rule and state, in the order of the groups."""
         members = []
+        counts: Counter[str] = Counter()
+        for group in self.param_groups:
+            counts[group["rule"]] += len(group["params"])
+        placed: Counter[str] = Counter()
         weights, seed = self._options.get("weights", "auto"), self._options.get("seed", 0)
         layers = self._layers()
         for group, described in zip(self.param_groups, self._described, strict=True):
             rule = self._rules[group["rule"]]
             for tensor, spec in zip(group["params"], described, strict=True):
+                spec = replace(spec, index=placed[group["rule"]], count=counts[group["rule"]])
+                placed[group["rule"]] += 1
                 layer = layers[group["rule"]][spec.name] if group["rule"] in layers else None
                 member = Member(tensor, spec, group, rule, self._codec(spec), weights, seed, layer)
                 if self._options.get("scale") is not None:
@@ -291,11 +299,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state that this process holds."""
-        return sum(
-            shards.local(value).nbytes for m in self._current().members for key, value in m.state.items() if key != "step"
-        )
+        return sum(storage.nbytes(value) for m in self._current().members for key, value in m.state.items() if key != "step")
 
     # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. State at rest, which takes no memory, is written out: what loads it may copy into it."""
+        saved = super().state_dict()
+        if not any(isinstance(v, Tensor) and storage.rests(v) for slots in saved["state"].values() for v in slots.values()):
+            return saved
+        whole = {
+            index: {key: storage.dense(v) if isinstance(v, Tensor) else v for key, v in slots.items()}
+            for index, slots in saved["state"].items()
+        }
+        return {**saved, "state": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of an optimizer with the same rules, formats and parameters, bit for bit.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .engine import shards
+from .engine import shards, storage
 
 if TYPE_CHECKING:
     from .engine.members import Member
@@ -61,7 +61,7 @@ class Plan:
             ]
             u = updates.get(m.spec.name)
             rms = float(u.double().square().mean().sqrt()) if u is not None and u.numel() else 0.0
-            held = sum(shards.local(value).nbytes for key, value in m.state.items() if key != "step")
+            held = sum(storage.nbytes(value) for key, value in m.state.items() if key != "step")
             lines.append(
                 Line(m.spec.name, tuple(m.spec.shape), m.spec.role, m.group["rule"], why, float(m.group["lr"]),
                      "+".join(formats) or "none", held, rms)

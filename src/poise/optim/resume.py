@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .engine import shards
+from .engine import shards, storage
 from .engine.links import initial
 from .engine.members import LOW
 
@@ -31,14 +31,14 @@ def load(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tens
     saved_groups = saved["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
-    copies: list[tuple[Tensor, Tensor]] = []
+    copies: list[tuple[dict[str, Tensor], str, Tensor]] = []
     for number, (group, old) in enumerate(zip(groups, saved_groups, strict=True)):
         _check_group(number, group, old)
         for tensor, name, index in zip(group["params"], group["param_names"], old["params"], strict=True):
             copies += _matched(name, state[tensor], saved["state"].get(index))
     with torch.no_grad():
-        for target, value in copies:
-            shards.local(target).copy_(shards.local(value))
+        for mine, key, value in copies:
+            storage.put(mine, key, value)
     for group, old in zip(groups, saved_groups, strict=True):
         group.update({key: _plain(value) for key, value in old.items() if key not in ("params", "param_names")})
 
@@ -61,7 +61,9 @@ def _check_group(number: int, group: Mapping[str, Any], old: Mapping[str, Any]) 
         raise ValueError(f"group {number}: the state_dict has parameter {wrong[0]!r} where this optimizer has {wrong[1]!r}")
 
 
-def _matched(name: str, mine: Mapping[str, Tensor], old: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+def _matched(
+    name: str, mine: dict[str, Tensor], old: Mapping[str, Tensor] | None
+) -> list[tuple[dict[str, Tensor], str, Tensor]]:
     if old is None:
         raise ValueError(f"parameter {name!r}: the state_dict has no state for it")
     lacking, strange = [k for k in mine if k not in old], [k for k in old if k not in mine]
@@ -81,7 +83,7 @@ def _matched(name: str, mine: Mapping[str, Tensor], old: Mapping[str, Tensor] | 
             )
         if value.dtype != target.dtype:
             raise ValueError(f"parameter {name!r}: {key!r} is {value.dtype} in the state_dict, {target.dtype} here")
-        pairs.append((target, value))
+        pairs.append((mine, key, value))
     return pairs
 
 
@@ -106,7 +108,9 @@ def fit(m: Member) -> None:
                 f"parameter {m.spec.name!r}: its state {key!r} has shape {tuple(value.shape)} and should now have "
                 f"{tuple(like.shape)}; a parameter that changes its shape needs a new optimizer"
             )
-        if value.dtype != like.dtype or shards.local(value).device != shards.local(like).device:
+        if storage.rests(value) and storage.rests(like):
+            m.state[key] = like
+        elif value.dtype != like.dtype or shards.local(value).device != shards.local(like).device:
             m.state[key] = value.to(device=shards.local(like).device, dtype=like.dtype)
     for key in [key for key in m.state if key not in wanted and key not in m.shared]:
         del m.state[key]
@@ -116,7 +120,7 @@ def take(members: Sequence[Member], groups: Sequence[Mapping[str, Any]], state: 
     """A copy of weights and of everything that is kept."""
     taken: dict[str, Any] = {"params": [m.local.clone() for m in members] if params else None, "state": None}
     if state:
-        taken["state"] = [{key: shards.local(value).clone() for key, value in m.state.items()} for m in members]
+        taken["state"] = [{key: storage.copied(value) for key, value in m.state.items()} for m in members]
         taken["clocks"] = [group["clock"] for group in groups]
     return taken
 
@@ -131,7 +135,7 @@ def put_back(members: Sequence[Member], groups: Sequence[dict[str, Any]], taken:
             m.local.copy_(taken["params"][i])
         if taken["state"] is not None:
             for key, value in taken["state"][i].items():
-                shards.local(m.state[key]).copy_(value)
+                storage.put(m.state, key, value, may_rest=key in m.resting)
     if taken["state"] is not None:
         for group, clock in zip(groups, taken["clocks"], strict=True):
             group["clock"] = clock
@@ -146,6 +150,6 @@ def begin(members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> None:
             if key in m.state:
                 begun[key] = initial(slot, slot.shape, m.state[key], None)
         for key, value in begun.items():
-            shards.local(m.state[key]).copy_(shards.local(value))
+            storage.put(m.state, key, value, may_rest=key in m.resting)
     for group in groups:
         group["clock"] = 0

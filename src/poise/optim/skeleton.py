@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class AdamWRest:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    eps_at: Literal["corrected", "uncorrected"] = "corrected"
 
     def __post_init__(self) -> None:
         check_rate("adamw_lr", self.lr)
@@ -31,7 +33,8 @@ class AdamWRest:
 
     def beside(self, name: str, rule: Transform, lr: float | Tensor, weight_decay: float) -> list[Route]:
         """Routes of `rule`, called `name`, for hidden matrices and of AdamW for the rest."""
+        rest = adam(self.betas, self.eps, eps_at=self.eps_at)
         return [
             Route(name, rule, hidden_matrices, {"lr": lr, "weight_decay": weight_decay}),
-            Route("adamw", adam(self.betas, self.eps), everything, {"lr": self.lr, "weight_decay": self.weight_decay}),
+            Route("adamw", rest, everything, {"lr": self.lr, "weight_decay": self.weight_decay}),
         ]

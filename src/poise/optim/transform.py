@@ -52,7 +52,7 @@ class Param:
     role: str = "matrix"  # one of ROLES
     heads: int | None = None  # attention heads, where the module says so
     layer: str | None = None  # the module that owns it: a weight and its bias share it
-    index: int = 0  # place in its group,
+    index: int = 0  # place among the parameters of its rule,
     count: int = 1  # of this many
     splits: tuple[int, ...] = ()  # rows of each part of a fused projection (q, k, v stored as one), empty: not fused
     tied: bool = False  # used in more than one place
@@ -84,6 +84,7 @@ class Slot:
             every rank keeps whole. By default a slot of the parameter's own shape follows it and any other is kept whole.
         codec: the rule's own state format, which beats the user's.
         shared: one for all parameters of this link; only `reduce` sees it.
+        resting: takes no memory before it is first written; `Transform.rests` sets it.
     """
 
     shape: tuple[int, ...]
@@ -93,6 +94,7 @@ class Slot:
     dims: tuple[int | None, ...] | None = None
     codec: str | None = None
     shared: bool = False
+    resting: bool = False
 
 
 class Transform:
@@ -108,6 +110,7 @@ class Transform:
     every: int = 0  # period of refresh(); 0: never
     owns_step: bool = False  # returns the displacement itself: no learning rate and no decay are appended
     blind: bool = False  # update() looks at u alone: neither gradient nor weights are gathered (or, for inner, carried over)
+    rests: bool = False  # with inner: their state takes memory only from their first call to `k.inner[i].rest()`, and so on
     pure: bool = False  # (as inner rule) statistics are kept in measure(), so update() may be applied to many vectors
     defaults: Mapping[str, Any] = {}  # hyper-parameters: they appear in the optimizer's groups under these names
 
@@ -177,6 +180,13 @@ class Transform:
     def parts(self, p: Param) -> tuple[Param, ...]:
         """With `inner`: the parameter that each inner rule believes it sees."""
         return (p,) * len(self.inner)
+
+    def follows(self, p: Param) -> tuple[tuple[int | None, ...] | None, ...]:
+        """With `inner`: for each part, the parameter's dimension that each of its own follows when sharded, as `Slot.dims`.
+
+        The state of inner rules is then sharded too. None: the part has the parameter's dimensions, or its state is kept whole.
+        """
+        return (None,) * len(self.inner)
 
     def enter(self, u: Tensor, state: State, x: Tensor, k: Context) -> tuple[Tensor | None, ...]:
         """With `inner`: what each inner rule is fed; None: not run now. Pure and linear: gradient and weights pass it too.
@@ -260,7 +270,7 @@ class Context:
         loss: the loss, if the closure gave one, else None.
         param: the `Param` (not in "element" and "block" rules, whose kernels serve all; of a batch of equal matrices, the
             first's).
-        inner: handles of the inner rules, each with `apply(v)` and `reset()`.
+        inner: handles of the inner rules, each with `apply(v)`, and in `refresh` `reset()`, `rebase(f, squared)` and `rest()`.
     """
 
     grad: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from .layers import Layer
 TAKEN = ("g", "u", "x", "row", "noise", "error")
 # Salts keep apart the numbers that one element uses for different purposes in one step.
 SALT_WEIGHTS, SALT_STATE, SALT_RULE = 0x51ED270B, 0x2C1B3C6D, 0x297A2D39
+
+
+Dims = tuple[int | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,11 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
     declared = [list(link.slots(q)) for link, q in zip(links, seen, strict=True)]
     names = [name for slots in declared for name in slots]
     keys: dict[str, Slot] = {}
+    own = p.shape
 
-    def visit(link: Transform, path: str, prefix: str, p: Param, outer: tuple[Transform, ...], layer_rule: bool) -> Bound:
+    def visit(
+        link: Transform, path: str, prefix: str, p: Param, outer: tuple[Transform, ...], layer_rule: bool, along: Dims = None
+    ) -> Bound:
         top = not outer
         if isinstance(link, Chain):
             raise TypeError(f"{path}: an inner rule is a single link, got {link!r}")
@@ -95,6 +101,8 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
             _check_element(link, p)
         if link.unit == "block":
             _check_block(link, path, top)
+        if link.rests and (*outer, link)[0].unit in ("element", "block"):
+            raise ValueError(f"{link!r}: a rule of unit '{link.unit}' keeps all of its state in memory; make its unit 'tensor'")
         slots: dict[str, str] = {}
         shared: dict[str, str] = {}
         follows = layer is not None and layer_rule and not layer.leads
@@ -104,11 +112,19 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
                 raise ValueError(f"{link!r}: state {key!r} exists twice for parameter {p.name}")
             if link.unit in ("element", "block") and key in TAKEN:
                 raise ValueError(f"{link!r}: state {key!r} is called as what such a rule is given; call it otherwise")
-            keys[key] = slot
+            keys[key] = _within(slot, p, own, along, resting=any(rule.rests for rule in outer))
             (shared if slot.shared else slots)[name] = key
         inner = tuple(
-            visit(rule, f"{path}.{index}.{type(rule).__name__}", f"{prefix}{index}.", part, (*outer, link), layer_rule)
-            for index, (rule, part) in enumerate(zip(link.inner, link.parts(p), strict=True))
+            visit(
+                rule,
+                f"{path}.{index}.{type(rule).__name__}",
+                f"{prefix}{index}.",
+                part,
+                (*outer, link),
+                layer_rule,
+                _through(along, dims, part.shape == p.shape),
+            )
+            for index, (rule, part, dims) in enumerate(zip(link.inner, link.parts(p), link.follows(p), strict=True))
         )
         salt = SALT_RULE + zlib.crc32(prefix.encode()) % (1 << 20) * 101
         if link.unit != "block":
@@ -121,6 +137,25 @@ def bind(links: Sequence[Transform], p: Param, layer: Layer | None = None) -> tu
         for index, (link, q) in enumerate(zip(links, seen, strict=True))
     )
     return bound, keys
+
+
+def _through(outer: Dims, inner: Dims, alike: bool) -> Dims:
+    """What the dimensions of a part within a part follow."""
+    if inner is None:
+        return outer if alike else None
+    return inner if outer is None else tuple(None if d is None else outer[d] for d in inner)
+
+
+def _within(slot: Slot, p: Param, own: torch.Size, along: Dims, resting: bool) -> Slot:
+    """A slot as its parameter keeps it: dimensions of a part as those of the parameter that they follow."""
+    if resting and not slot.shared:
+        if isinstance(slot.init, str):
+            raise ValueError(f"parameter {p.name!r}: state that begins as {slot.init!r} cannot rest")
+        slot = replace(slot, resting=True)
+    if along is None or tuple(slot.shape) == tuple(own):
+        return slot
+    dims = tuple(range(len(slot.shape))) if slot.dims is None and tuple(slot.shape) == tuple(p.shape) else slot.dims
+    return slot if dims is None else replace(slot, dims=tuple(None if d is None else along[d] for d in dims))
 
 
 def _check_element(link: Transform, p: Param) -> None:
@@ -184,6 +219,7 @@ class Env:
     feeds: Mapping[str, Tensor] = field(default_factory=dict)
     bits: Callable[[int], Tensor] | None = None  # salt -> int32 random bits, one for each element
     known: Mapping[str, Any] = field(default_factory=dict)  # step, clock, param, loss: where nothing is compiled
+    rested: set[str] | None = None  # state keys that `refresh` puts to rest
 
     def context(self, bound: Bound, grad: Tensor, inner: tuple[Inner, ...] = ()) -> Context:
         scalars = {name.removeprefix(bound.prefix): v for name, v in self.row.items() if name.startswith(bound.prefix)}
@@ -241,19 +277,34 @@ class Inner:
         return call_update(self.bound, v, env)
 
     def reset(self) -> None:
-        """Put the inner rule's state back to its beginning."""
-        state = self.state
-        for name, slot in self.bound.link.slots(self.bound.param).items():
-            state[name] = initial(slot, state[name].shape, state[name], self.x)
+        """Put the inner rule's state back to its beginning, with that of the rules inside it."""
+        for bound in self.bound.family():
+            state = self.env.view(bound)
+            for name, slot in bound.link.slots(bound.param).items():
+                state[name] = initial(slot, state[name].shape, state[name], self.x)
+
+    def rest(self) -> None:
+        """The same, and free its memory until it is next written. For links that declare `rests`, in `refresh`."""
+        if not any(link.rests for link in self.bound.outer):
+            raise RuntimeError(f"{self.bound.link!r}: only inner rules of a link with rests=True can be put to rest")
+        if self.env.rested is None:
+            raise RuntimeError(f"{self.bound.link!r}: inner rules are put to rest in refresh() only")
+        self.env.rested.update(self.bound.state_keys())
 
     def rebase(self, f: Callable[[Tensor], Tensor], squared: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Carry the inner rule's state over a change of basis: signed slots through `f`, nonnegative ones through `squared`."""
-        state = self.state
-        for name, slot in self.bound.link.slots(self.bound.param).items():
-            if slot.kind == "signed":
-                state[name] = f(state[name])
-            elif slot.kind in ("nonneg", "upper") and squared is not None:
-                state[name] = squared(state[name])
+        """Carry the inner rule's state over a change of basis: signed slots through `f`, nonnegative ones through `squared`.
+
+        That of rules inside it too, where they see the same space.
+        """
+        for bound in self.bound.family():
+            if bound.param.shape != self.bound.param.shape:
+                continue  # a rule inside it that sees another space
+            state = self.env.view(bound)
+            for name, slot in bound.link.slots(bound.param).items():
+                if slot.kind == "signed":
+                    state[name] = f(state[name])
+                elif slot.kind in ("nonneg", "upper") and squared is not None:
+                    state[name] = squared(state[name])
 
 
 def settled(results: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> dict[str, Tensor]:

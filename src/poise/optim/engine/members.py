@@ -125,7 +125,7 @@ class Member:
             shape = tuple(s if d is None else box[d] for s, d in zip(slot.shape, dims, strict=True))
             dtype = self.format.compute if slot.dtype == torch.float32 else slot.dtype
             self.dims[key] = dims
-            kept = None if key in narrow else codec_for(slot, spec, tensor, codec)
+            kept = None if key in narrow else codec_for(slot, spec, tensor, codec, dims)
             self.stores[key] = Store(key, slot, shape, dtype, kept)
         self.state: dict[str, Tensor] = {}
 
@@ -147,6 +147,11 @@ class Member:
             for key, part in store.parts.values()
         }
         return kept | ({LOW: (self.rank_shape, torch.int16)} if self.format.mode == "split" else {})
+
+    @property
+    def resting(self) -> set[str]:
+        """State keys of what may be at rest."""
+        return {key for store in self.stores.values() if store.slot.resting for key, _ in store.parts.values()}
 
     @property
     def local(self) -> Tensor:

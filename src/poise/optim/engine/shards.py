@@ -83,6 +83,11 @@ def like(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | None]
     return DTensor(piece, spec, requires_grad=False)
 
 
+def anew(t: Any, piece: Tensor) -> Tensor:
+    """The tensor `t`, distributed as it is, with `piece` in the place of this rank's."""
+    return type(t)(piece, t._spec, requires_grad=False) if is_sharded(t) else piece
+
+
 def _on_mesh(p: Any, piece: Tensor, shape: Sequence[int], dims: Sequence[int | None]) -> Any:
     """The same, moved to the device of the mesh where it is elsewhere."""
     from torch.distributed.tensor import DTensor
@@ -137,6 +142,11 @@ def scatter(p: Tensor, whole: Tensor) -> Tensor:
         return whole
     shape, offset = box(p)
     return whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+
+
+def cut(p: Any) -> set[int]:
+    """The dimensions along which `p` is cut."""
+    return {placement.dim for placement in p.placements if hasattr(placement, "dim")} if is_sharded(p) else set()
 
 
 def groups(p: Any) -> tuple[Any, ...]:

@@ -3,6 +3,8 @@
 An encoded slot is seen as rows, the first dimension apart, and each row is cut into blocks of the codec's size; blocks never
 cross rows, so a shard along the first dimension encodes exactly as the whole does. The last block of a row stores no more
 entries than the row has left.
+
+A slot at rest is at its beginning and takes no memory: each of its tensors is one number, seen in every place.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ SMALLEST = 4096
 SHORTEST_ROW = 32
 
 
-def codec_for(slot: Slot, p: Param, tensor: Tensor, wanted: Codec | None) -> Codec | None:
+def codec_for(
+    slot: Slot, p: Param, tensor: Tensor, wanted: Codec | None, dims: tuple[int | None, ...] | None = None
+) -> Codec | None:
     """The codec that a slot is kept with; None keeps it plain. (One value for each block of a parameter is always plain.)
 
     A sharded slot is encoded only where its shards encode as the whole does: cut along the first dimension, or, with a single
-    dimension, between blocks.
+    dimension, between blocks. `dims` are the parameter's dimensions that a slot of another shape follows.
     """
     codec = wanted if slot.codec is None else get(slot.codec)
     exempt = slot.kind == "exact" or slot.shared or not slot.dtype.is_floating_point or math.prod(slot.shape) < SMALLEST
@@ -42,7 +46,9 @@ def codec_for(slot: Slot, p: Param, tensor: Tensor, wanted: Codec | None) -> Cod
     if len(slot.shape) > 1 and math.prod(slot.shape[1:]) < SHORTEST_ROW:
         return None
     if tuple(slot.shape) != tuple(p.shape):
-        return None if shards.is_sharded(tensor) else codec
+        along = shards.cut(tensor)
+        cut = [d is not None and d in along for d in dims or ()]
+        return None if any(cut[1:] if len(cut) > 1 else cut) else codec
     if len(slot.shape) == 1:
         return codec if _even(tensor, codec.block) else None
     return codec if shards.box(tensor)[0][1:] == tuple(slot.shape[1:]) else None
@@ -112,6 +118,9 @@ class Store:
     def create(self, p: Tensor, dims: tuple[int | None, ...]) -> dict[str, Tensor]:
         """The state tensors at their beginning, distributed as `p` is."""
         device = shards.local(p).device
+        if self.slot.resting:
+            local = self.at_rest(device)
+            return {key: shards.like(p, local[key], *self._distributed(part, dims)) for key, part in self.parts.values()}
         weights = shards.local(p).detach() if dims else p
         value = initial(self.slot, self.shape, torch.empty(0, dtype=self.dtype, device=device), weights)
         local = {
@@ -119,14 +128,32 @@ class Store:
             for key, part in self.parts.values()
         }
         self.write(local, value, torch.zeros(self.shape, dtype=torch.int32, device=device), shards.groups(p))
-        made: dict[str, Tensor] = {}
-        for key, part in self.parts.values():
-            whole = self.stored_shape(part, tuple(self.slot.shape))
-            followed = dims if len(whole) == len(dims) else dims[: len(whole)]
-            if part.axes is not None:
-                followed = tuple(dims[axis] for axis in part.axes)
-            made[key] = shards.like(p, local[key], whole, followed)
-        return made
+        return {key: shards.like(p, local[key], *self._distributed(part, dims)) for key, part in self.parts.values()}
+
+    def _distributed(self, part: Part, dims: tuple[int | None, ...]) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+        """The whole shape of a stored tensor, and the dimensions of the parameter that its own follow."""
+        whole = self.stored_shape(part, tuple(self.slot.shape))
+        if part.axes is not None:
+            return whole, tuple(dims[axis] for axis in part.axes)
+        return whole, dims if len(whole) == len(dims) else dims[: len(whole)]
+
+    def at_rest(self, device: torch.device) -> dict[str, Tensor]:
+        """This rank's stored tensors at their beginning, without memory of their own."""
+        assert not isinstance(self.slot.init, str)
+        length = 1 if self.codec is None else self.codec.block
+        shape = (*[1] * max(len(self.shape) - 1, 1), length)
+        one = Store(self.key, self.slot, shape, self.dtype, self.codec)
+        begin = torch.full(shape, float(self.slot.init), dtype=self.dtype, device=device)
+        stored = one.encode(begin, torch.zeros(shape, dtype=torch.int32, device=device))
+        return {
+            key: stored[key].to(part.dtype).flatten()[0].clone().expand(self.stored_shape(part, self.shape))
+            for key, part in self.parts.values()
+        }
+
+    def rest(self, state: dict[str, Tensor]) -> None:
+        """Back to the beginning, and give the memory back."""
+        for key, piece in self.at_rest(shards.local(state[next(iter(self.parts.values()))[0]]).device).items():
+            state[key] = shards.anew(state[key], piece)
 
     def read(self, state: dict[str, Tensor]) -> Tensor:
         """The slot's values, in the local shape; the stored tensor itself where it is plain."""
@@ -181,9 +208,46 @@ class Store:
         if groups is None and isinstance(self.codec, MatrixCodec):
             groups = shards.groups(state[next(key for key, _ in self.parts.values())])
         for key, stored in self.encode(value, bits, groups or ()).items():
-            target = shards.local(state[key])
+            target = awake(state, key)
             if target.data_ptr() != stored.data_ptr() or target.numel() == 0:
                 target.copy_(stored.reshape(target.shape))
+
+
+def rests(t: Tensor) -> bool:
+    """Whether a stored tensor is one number that is seen in every place."""
+    t = shards.local(t)
+    return t.numel() > 1 and all(stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+
+
+def awake(state: dict[str, Tensor], key: str) -> Tensor:
+    """This rank's stored tensor under `key`, to write into; one at rest gets memory."""
+    if rests(state[key]):
+        state[key] = dense(state[key])
+    return shards.local(state[key])
+
+
+def dense(t: Tensor) -> Tensor:
+    """The same values, each in memory of its own."""
+    return shards.anew(t, shards.local(t).contiguous()) if rests(t) else t
+
+
+def put(state: dict[str, Tensor], key: str, value: Tensor, *, may_rest: bool = False) -> None:
+    """Keep `value` under `key`, in the memory that is there; what rests goes on resting where that is its value."""
+    value = shards.local(value)
+    if may_rest and rests(value):
+        state[key] = shards.anew(state[key], value)
+    elif not rests(state[key]) or not bool((shards.local(state[key]) == value.to(state[key].device)).all()):
+        awake(state, key).copy_(value)
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy of this rank's piece; what rests is never written into."""
+    return shards.local(t) if rests(t) else shards.local(t).clone()
+
+
+def nbytes(t: Tensor) -> int:
+    """Bytes that this rank holds for a stored tensor."""
+    return t.element_size() if rests(t) else shards.local(t).nbytes
 
 
 def _pad(x: Tensor, columns: int) -> Tensor:

@@ -5,7 +5,8 @@ A sharded parameter is gathered first, on every rank; what comes out, and the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -151,8 +152,7 @@ class Whole:
     ) -> Tensor:
         """The links one after another, on whole tensors, and their state kept."""
         links = [member.bound[i] for i in self.positions]
-        states = {key: value for b in links for key, value in whole_state(member, b).items()} if stateful else {}
-        written, before = set[str](), dict(states)
+        states, written = Held(member, links if stateful else ()), set[str]()
         for bound in links:
             unit = bound.link.unit
             env = Env(view_of(unit, member.spec, grad), view_of(unit, member.spec, x), states, row, written, **facts)
@@ -160,9 +160,9 @@ class Whole:
             env.known = {**env.known, "param": bound.param, "step": step}
             env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
             u = stored_as(unit, member.spec, call_update(bound, view_of(unit, member.spec, u), env), u.shape)
-        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in before.values()):
+        if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in states.before.values()):
             u = u.clone()  # the state is about to be overwritten
-        keep_states(member, assigned(states, written, before), step)
+        keep_states(member, assigned(states, written, states.before), step)
         return u
 
 
@@ -204,21 +204,45 @@ def stored_weights(member: Member) -> dict[str, Tensor]:
 
 def assigned(states: Mapping[str, Tensor], written: Iterable[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What rules assigned, apart from the memory of what was there; a tensor that was written in place stands for itself."""
-    new = {key: states[key] for key in written if states[key] is not before[key]}
-    return settled(new, before.values()) | {key: states[key] for key in written if states[key] is before[key]}
+    values = {key: states[key] for key in written}
+    new = {key: value for key, value in values.items() if value is not before.get(key)}
+    return values | settled(new, before.values())
 
 
-def whole_state(member: Member, bound: Bound) -> dict[str, Tensor]:
-    """The values of a link's slots, gathered unless it sees pieces; those of the parameter's shape as it sees the parameter."""
-    states: dict[str, Tensor] = {}
-    for key in bound.state_keys():
-        store = member.stores[key]
-        value = store.read(member.state)
-        if bound.link.unit != "piece":
-            value = shards.gather_as(member.tensor, value, store.slot.shape, member.dims[key])
-        same = tuple(store.slot.shape) == tuple(member.spec.shape)
-        states[key] = view_of(bound.link.unit, member.spec, value) if same else value
-    return states
+class Held(MutableMapping[str, Tensor]):
+    """The values of some links' slots, each gathered when it is first looked at: state that no rule looks at costs nothing.
+
+    Gathered unless the link sees pieces; those of the parameter's shape are as the link sees the parameter. `before` is what was
+    there.
+    """
+
+    def __init__(self, member: Member, bounds: Sequence[Bound]) -> None:
+        self.member = member
+        self.units = {key: b.link.unit for b in bounds for key in b.state_keys()}
+        self._values: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._values:
+            m, store, unit = self.member, self.member.stores[key], self.units[key]
+            value = store.read(m.state)
+            if unit != "piece":
+                value = shards.gather_as(m.tensor, value, store.slot.shape, m.dims[key])
+            same = tuple(store.slot.shape) == tuple(m.spec.shape)
+            self._values[key] = self.before[key] = view_of(unit, m.spec, value) if same else value
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"state {key!r} cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
 
 
 def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None:
@@ -235,13 +259,15 @@ def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None
             bits = None
             if stochastic:
                 salt, half = state_draw(position)
-                bits = half(member.bits(step, salt) if same else plain_bits(member, step, salt, value.numel()))
+                bits = half(member.bits(step, salt) if same else _bits_of(member, key, step, salt))
             store.write(member.state, value.reshape(store.shape), bits)
 
 
-def plain_bits(member: Member, step: int, salt: int, size: int) -> Tensor:
-    """Random bits for a tensor that every rank holds whole."""
-    where = torch.arange(size, dtype=torch.int32, device=member.local.device)
+def _bits_of(member: Member, key: str, step: int, salt: int) -> Tensor:
+    """Random bits for this rank's piece of a slot of another shape than the parameter's."""
+    shape = member.stores[key].slot.shape
+    whole = torch.arange(math.prod(shape), dtype=torch.int32, device=member.local.device).reshape(tuple(shape))
+    where = shards.scatter_as(member.tensor, whole, shape, member.dims[key]).reshape(-1)
     return noise_bits(int32(member.noise_key(step) + salt), where)
 
 
@@ -270,17 +296,18 @@ def refresh(
     facts: dict[str, Any],
 ) -> None:
     """Run `refresh` of these links (or inner rules) of one member; of a layer, for its leader."""
-    states = {key: value for b in member.bound for key, value in whole_state(member, b).items()}
-    written, before = set[str](), dict(states)
+    states, written, rested = Held(member, member.bound), set[str](), set[str]()
     for bound, unit in [(b, top.link.unit) for top in member.bound for b in top.family() if b in bounds]:
         if unit == "layer" and member.layer is not None and not member.layer.leads:
             continue
-        env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, **facts)
+        env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, rested=rested, **facts)
         bits = piece_noise(member, step) if unit == "piece" else noise([member], [step])
         env.bits = lambda salt, like=env.x, bits=bits: bits(salt, like)
         env.known = {**env.known, "param": bound.param, "step": step}
         bound.link.refresh(env.grad, env.view(bound), env.x, env.context(bound, env.grad, env.handles(bound)))
-    keep_states(member, assigned(states, written, before), step)
+    keep_states(member, assigned(states, written - rested, states.before), step)
+    for key in rested:
+        member.stores[key].rest(member.state)
 
 
 def seen(unit: str, member: Member, values: Mapping[Member, Tensor] | None) -> Tensor:
@@ -323,14 +350,13 @@ def measure_whole(
             continue
         lead = lead if unit == "layer" else m
         bound, written = lead.bound[position], set[str]()
-        states = whole_state(lead, bound)
-        before = dict(states)
+        states = Held(lead, [bound])
         fed = {name: seen(unit, lead, values) for name, values in given.items()}
         env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=fed)
         env.known = {"param": bound.param, "step": steps[i], "clock": clock}
         bits = piece_noise(lead, steps[i]) if unit == "piece" else noise([lead], [steps[i]])
         env.bits = lambda salt, like=env.x, bits=bits: bits(salt, like)
         found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))
-        keep_states(lead, assigned(states, written, before), steps[i])
+        keep_states(lead, assigned(states, written, states.before), steps[i])
     columns = Columns.of(next((values for values in found if values), {}))
     return columns, torch.stack([columns.row(values, members[0].device) for values in found])

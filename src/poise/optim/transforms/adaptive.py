@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,16 +23,26 @@ class adam(Transform):
         betas: `(b1, b2)`, each in [0, 1).
         eps: added to the root after bias correction, as PyTorch does.
         correct_bias: without it the result is `m / (sqrt(v) + eps)`; `debias` may follow.
+        eps_at: the "uncorrected" root has eps added before bias correction: `sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)`,
+            as in the Adam of older releases of transformers, and of what was built on them.
 
     Source: "Adam: A Method for Stochastic Optimization" (arXiv 1412.6980).
     """
 
     blind = True
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, correct_bias: bool = True) -> None:
+    def __init__(
+        self,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        correct_bias: bool = True,
+        eps_at: Literal["corrected", "uncorrected"] = "corrected",
+    ) -> None:
         check_betas(betas)
         check_eps(eps)
-        self.correct_bias = correct_bias
+        if eps_at not in ("corrected", "uncorrected"):
+            raise ValueError(f"eps_at={eps_at!r}: must be 'corrected' or 'uncorrected'")
+        self.correct_bias, self.eps_at = correct_bias, eps_at
         self.defaults = {"betas": tuple(betas), "eps": eps}
 
     def slots(self, p: Param) -> dict[str, Slot]:
@@ -40,14 +50,15 @@ class adam(Transform):
 
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
         b1, b2 = map(float, hyper["betas"])
+        root = (1 - b2**step) ** -0.5 if self.correct_bias else 1.0
         return {
             "b1": b1,
             "c1": 1 - b1,
             "b2": b2,
             "c2": 1 - b2,
             "debias1": 1 / (1 - b1**step) if self.correct_bias else 1.0,
-            "debias2": (1 - b2**step) ** -0.5 if self.correct_bias else 1.0,
-            "eps": float(hyper["eps"]),
+            "debias2": root,
+            "eps": float(hyper["eps"]) * (root if self.eps_at == "uncorrected" else 1.0),
         }
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
