@@ -99,6 +99,7 @@ class Transform:
     reads: Literal["grad", "update"] = "grad"  # what measure() is given: the raw gradient, or the update that reaches this link
     absent: Literal["skip", "zeros"] = "skip"  # a parameter without gradient is left out of the totals, or counts as zeros
     feeds: tuple[str, ...] = ()  # tensors that opt.feed() must have given before the step
+    may_feed: tuple[str, ...] = ()  # those it may have given: None in k for a parameter that got none; not of unit "layer"
     needs_loss: bool = False  # step() must be given a closure that returns the loss, which is then k.loss
     inner: tuple[Transform, ...] = ()  # rules this one drives inside a split, a rotation, a preconditioner
     every: int = 0  # period of refresh(); 0: never

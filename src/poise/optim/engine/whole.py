@@ -72,7 +72,8 @@ class Whole:
         Large ones go alone on a CPU.
         """
         links = [members[0].bound[i] for i in self.positions]
-        alone = any(b.slots or b.inner or b.link.feeds or b.link.unit != "matrix" or measures(b.link) for b in links)
+        fed = any(b.link.feeds or b.link.may_feed for b in links)
+        alone = fed or any(b.slots or b.inner or b.link.unit != "matrix" or measures(b.link) for b in links)
         if alone or (members[0].device.type == "cpu" and members[0].spec.shape.numel() >= ALONE):
             return [[i] for i in range(len(members))]
         batches: dict[Any, list[int]] = {}
