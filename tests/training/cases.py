@@ -11,6 +11,7 @@ A driver's own test file (`tests/training/drivers/test_sam.py` of `drivers/sam.p
     needs(opt, task): dict                    what it must be given of the task beside its settings; default nothing
     task(): Task                              what the reference is compared on, which gets its model; default `bowl_task`
     INNER_STEPS: int                          steps of the inner optimizer in one of a driver in its typical setting; default 1
+    has_state(model): list                    parameters that have state before the first step and after the second; default all
 
 Where a file holds several drivers, `reference_<name>` and so on come first.
 """
