@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.problems import Grads, distance, draw, leaves, play, same
-from optim.toys import apply, apply_matrix, gain, heavy, numbers, optimizer, zeros
+from optim.toys import apply, apply_layer, apply_matrix, gain, heavy, numbers, optimizer, zeros
 from torch import Tensor, nn
 
 from poise.optim import SGD, AdamW, Context, Lion, Muon, Optimizer, Param, Route, Slot, Transform, by_name, chain, everything
@@ -479,3 +479,65 @@ def test_the_whole_rule_of_a_group_is_known() -> None:
     assert len(rules) > 1 and len({id(rule) for rule in rules.values()}) == len(rules)
     for rule in rules.values():
         assert [repr(link) for link in rule][-2:] == ["scale_by_lr()", "decay('after')"]
+
+
+# -- state of some parameters only ---------------------------------------------------------------------------------------
+
+
+def test_kept_parameters_train_as_ever_and_the_others_stand_still_without_state() -> None:
+    start, grads = draw([(6, 4), (4,), (3, 5)], 6)
+    params, twins = leaves(start), leaves(start)
+    opt, twin = AdamW(params, lr=0.1, backend="eager"), AdamW(twins, lr=0.1, backend="eager")
+    play(opt, params, grads[:2])
+    wanted = play(twin, twins, grads[:2])
+    opt.keep_only([params[0], params[2]])
+    assert params[1] not in opt.state
+    assert opt.state_bytes() == 8 * 2 * (24 + 15)
+    found = play(opt, params, grads[2:4])
+    assert torch.equal(found[1], wanted[1])
+    wanted = play(twin, twins, grads[2:4])
+    assert same([found[0], found[2]], [wanted[0], wanted[2]])
+    opt.keep_only(None)
+    assert [int(opt.state[p]["step"]) for p in params] == [4, 0, 4]
+    assert float(opt.state[params[1]]["exp_avg_sq"].abs().max()) == 0.0
+
+
+def test_a_snapshot_knows_whose_state_was_kept_and_a_copy_and_a_plan_do_too() -> None:
+    start, grads = draw([(6, 4), (4,)], 6)
+    params = leaves(start)
+    opt = AdamW(params, lr=0.1, backend="eager")
+    opt.keep_only(params[:1])
+    play(opt, params, grads[:2])
+    assert [line.shape for line in opt.plan()] == [(6, 4)]
+    taken, (copied, twin) = opt.snapshot(), copy.deepcopy((params, opt))
+    wanted = play(opt, params, grads[2:])
+    assert same(play(twin, copied, grads[2:]), wanted)
+    opt.keep_only(params[1:])
+    opt.restore(taken)
+    assert same(play(opt, params, grads[2:]), wanted)
+
+
+def test_a_state_is_loaded_where_the_same_parameters_are_kept() -> None:
+    start, grads = draw([(6, 4), (4,)], 4)
+    params, fresh = leaves(start), leaves(start)
+    opt, again = AdamW(params, lr=0.1, backend="eager"), AdamW(fresh, lr=0.1, backend="eager")
+    opt.keep_only(params[1:])
+    play(opt, params, grads[:2])
+    saved = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="no state for it"):
+        again.load_state_dict(saved)
+    again.keep_only(fresh[1:])
+    again.load_state_dict(saved)
+    again.restore({**again.snapshot(params=False), "params": opt.snapshot(state=False)["params"]})
+    assert same(play(again, fresh, grads[2:]), play(opt, params, grads[2:]))
+
+
+def test_only_parameters_of_the_optimizer_can_be_kept_and_layers_only_whole() -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = AdamW(model)
+    for wrong in ([], [torch.nn.Parameter(torch.zeros(2))]):
+        with pytest.raises(ValueError, match="keep_only"):
+            opt.keep_only(wrong)
+    joint = Optimizer(model, apply_layer(), lr=0.1)
+    with pytest.raises(ValueError, match=r"'(weight|bias)' without '(weight|bias)'"):
+        joint.keep_only([model.weight])

@@ -469,6 +469,61 @@ def test_a_fed_tensor_of_another_shape_is_refused_by_name() -> None:
         opt.feed(target=[numbers(1.0)])
 
 
+def may_be_fed(kind: type[apply] = apply, **more: Any) -> apply:
+    return kind(lambda u, state, x, k: u if k.target is None else u + 10 * k.target, may_feed=("target",), **more)
+
+
+@pytest.mark.parametrize("kind", [apply, apply_matrix, apply_tensor])
+def test_what_may_be_fed_is_none_for_a_parameter_that_got_nothing(kind: type[apply]) -> None:
+    params = zeros((2, 2), (2, 2))
+    opt = optimizer(params, may_be_fed(kind), lr=1.0)
+    g, target = ramp(2, 2), ramp(2, 2).flip(0)
+    found = play(opt, params, [[g, g]])
+    assert same(found, [-g, -g])
+    opt.feed(target={params[1]: target})
+    found = play(opt, params, [[g, g]])
+    assert same(found, [-2 * g, -(2 * g + 10 * target)])
+    assert same(play(opt, params, [[g, g]]), [-3 * g, -(3 * g + 10 * target)]), "one step uses it up"
+
+
+@pytest.mark.parametrize("backend", ["tiles", "chunks", "auto"])
+def test_what_may_be_fed_compiles_twice_at_most_and_means_the_same_everywhere(backend: str) -> None:
+    rule = may_be_fed()
+    start, grads = draw([(64, 128), (64,)], 5, dtype=torch.float32)
+    params, twins = leaves(start), leaves(start)
+    opt, eager = optimizer(params, rule, lr=0.1, backend=backend), optimizer(twins, rule, lr=0.1)
+    for t, row in enumerate(grads):
+        for one, tensors in ((opt, params), (eager, twins)):
+            if t != 1:
+                one.feed(target={tensors[i]: start[i] for i in range(2) if (t + i) % 2 == 0})
+            play(one, tensors, [row])
+    assert distance(params, twins) < 1e-6
+
+
+def test_passes_that_were_fed_other_tensors_wait_for_common_totals_without_disturbing_each_other() -> None:
+    class share(apply_tensor):
+        reads = "update"
+
+        def measure(self, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
+            return {"sum": u.sum()}
+
+    rule = chain(may_be_fed(), share(lambda u, state, x, k: u / k.total["sum"]), gain(1.0))
+    params = zeros((2,), (2,))
+    opt = optimizer(params, rule, lr=1.0)
+    opt.feed(target={params[0]: numbers(1.0, 1.0)})
+    found = play(opt, params, [[numbers(1.0, 2.0), numbers(3.0, 4.0)]])
+    assert distance(found, [-numbers(11.0, 12.0) / 30, -numbers(3.0, 4.0) / 30]) < 1e-15
+
+
+def test_a_rule_for_whole_layers_may_not_be_fed_only_sometimes() -> None:
+    class joint(apply):
+        unit = "layer"
+
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"'target'.*feeds"):
+        optimizer(model, may_be_fed(joint), lr=1.0)
+
+
 # -- the step itself -------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ A driver's own test file (`tests/training/drivers/test_sam.py` of `drivers/sam.p
     INNER_STEPS: int                          steps of the inner optimizer in one of a driver in its typical setting; default 1
     KEPT: int                                 values that the driver keeps for each weight in its typical setting; default: a
                                               shadow for averages, `delay` of them for delays, else none
+    has_state(model): list                    parameters that have state before the first step and after the second; default all
 
 Where a file holds several drivers, `reference_<name>` and so on come first.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
@@ -18,7 +18,7 @@ from .engine import storage
 from .engine.engine import Engine, chain_of
 from .engine.layers import Layer, join
 from .engine.links import initial
-from .engine.members import Member
+from .engine.members import LOW, Member
 from .given import by_tensor
 from .options import Options, check_options, check_rate, complete, rms_scale
 from .plan import Plan
@@ -77,6 +77,7 @@ class Optimizer(torch.optim.Optimizer):
         self._options: Options = options
         self._engine: Engine | None = None
         self._feeds: dict[str, dict[int, Tensor]] = {}
+        self._kept: frozenset[str] | None = None  # names of the parameters that have state and are stepped; None: all
         routes = [Route(_name(rule), rule, everything)] if isinstance(rule, Transform) else list(rule)
         if not routes:
             raise ValueError("rule: at least one route is needed")
@@ -140,7 +141,7 @@ class Optimizer(torch.optim.Optimizer):
         self._groups += groups
 
     def _members(self) -> list[Member]:
-        """Every parameter with its rule and state, in the order of the groups."""
+        """Every parameter that is kept, with its rule and state, in the order of the groups."""
         members = []
         counts: Counter[str] = Counter()
         for group in self.param_groups:
@@ -153,6 +154,8 @@ class Optimizer(torch.optim.Optimizer):
             for tensor, spec in zip(group["params"], described, strict=True):
                 spec = replace(spec, index=placed[group["rule"]], count=counts[group["rule"]])
                 placed[group["rule"]] += 1
+                if self._kept is not None and spec.name not in self._kept:
+                    continue
                 layer = layers[group["rule"]][spec.name] if group["rule"] in layers else None
                 member = Member(tensor, spec, group, rule, self._codec(spec), weights, seed, layer)
                 if self._options.get("scale") is not None:
@@ -197,6 +200,44 @@ class Optimizer(torch.optim.Optimizer):
                         m.state.setdefault(key, initial(slot, slot.shape, like, None))
         self._engine = Engine(members, self._options.get("backend", "auto"))
 
+    @torch.no_grad()
+    def keep_only(self, params: Iterable[Tensor] | None) -> None:
+        """Keep state for these parameters alone, and leave the others as they are, until it is called anew. None: for all.
+
+        State that is dropped is gone: a parameter that comes back begins anew. That of parameters which stay is untouched, and
+        the lower halves of split weights, which are weights, stay too. What a link shares over all parameters goes with the
+        first that holds it. Snapshots know what was kept; a state_dict loads where the same parameters are.
+
+        Raises:
+            ValueError: for no parameters, one of another optimizer, or half of a layer that its rule sees as one.
+        """
+        members = {id(t): p for group, ps in zip(self.param_groups, self._described, strict=True)
+                   for t, p in zip(group["params"], ps, strict=True)}  # fmt: skip
+        wanted = {id(p) for p in params} if params is not None else set(members)
+        if not wanted or not wanted <= set(members):
+            raise ValueError("keep_only(params): must be some of the optimizer's own parameters")
+        names = frozenset(members[key].name for key in wanted)
+        for layers in self._layers().values():
+            for name, layer in layers.items():
+                if name in names and layer.partner is not None and layer.partner not in names:
+                    raise ValueError(f"keep_only(params): has {name!r} without {layer.partner!r}, which its rule sees as one")
+        self._keep(None if len(names) == len(members) else names)
+
+    def _keep(self, names: frozenset[str] | None) -> None:
+        """Drop the state of all other parameters, and make that which is lacking."""
+        if names == self._kept:
+            return
+        self._kept = names
+        for group in self.param_groups:
+            for tensor, name in zip(group["params"], group["param_names"], strict=True):
+                if names is not None and name not in names and tensor in self.state:
+                    low = self.state[tensor].get(LOW)
+                    if low is None:
+                        del self.state[tensor]
+                    else:
+                        self.state[tensor] = {LOW: low}
+        self._create()
+
     def _current(self) -> Engine:
         """The engine, made anew if parameters have changed their dtype or device since."""
         if self._engine is None or self._engine.stale():
@@ -223,12 +264,13 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def feed(self, **tensors: Mapping[Any, Tensor] | Sequence[Tensor]) -> None:
-        """Give the next step tensors that a rule needs beside the gradient (`Transform.feeds`).
+        """Give the next step tensors that a rule reads beside the gradient (`Transform.feeds` and `Transform.may_feed`).
 
-        Each is a mapping from parameter, or parameter name, to a tensor of its shape, or a list in the order of the groups.
+        One step uses them up. Each is a mapping from parameter, or parameter name, to a tensor of its shape, or a list in the
+        order of the groups.
         """
         members = self._current().members
-        wanted = {name for m in members for link in m.rule for name in link.feeds}
+        wanted = {name for m in members for link in m.rule for name in (*link.feeds, *link.may_feed)}
         for name, given in tensors.items():
             if name not in wanted:
                 raise ValueError(
@@ -263,12 +305,16 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def snapshot(self, state: bool = True, params: bool = True) -> dict[str, Any]:
         """A copy of weights and, with `state`, of everything the optimizer keeps, for `restore`."""
-        return resume.take(self._current().members, self.param_groups, state, params)
+        self._current()
+        return resume.take(self.param_groups, self.state, state, params) | ({"kept": self._kept} if state else {})
 
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Put back what `snapshot` copied, bit for bit."""
-        resume.put_back(self._current().members, self.param_groups, snapshot)
+        if "kept" in snapshot:
+            self._keep(snapshot["kept"])
+        self._current()
+        resume.put_back(self.param_groups, self.state, snapshot)
 
     @torch.no_grad()
     def begin_anew(self) -> None:
@@ -293,13 +339,18 @@ class Optimizer(torch.optim.Optimizer):
         for name in {name for rule in self._rules.values() for link in rule for name in link.feeds} - set(held):
             self._feeds[name] = {id(m.tensor): torch.ones(m.local.shape, device=m.device) for m in self._current().members}
         try:
-            return Plan.of(self._current().members, [r for reasons in self._reasons for r in reasons], self.preview, grads)
+            named = zip(self._described, self._reasons, strict=True)
+            why = {p.name: reason for ps, reasons in named for p, reason in zip(ps, reasons, strict=True)}
+            members = self._current().members
+            return Plan.of(members, [why[m.spec.name] for m in members], self.preview, grads)
         finally:
             self._feeds = held
 
     def state_bytes(self) -> int:
         """Bytes of state that this process holds."""
-        return sum(storage.nbytes(value) for m in self._current().members for key, value in m.state.items() if key != "step")
+        self._current()
+        kept = [(key, value) for state in self.state.values() for key, value in state.items()]
+        return sum(storage.nbytes(value) for key, value in kept if key != "step")
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -343,6 +394,7 @@ class Optimizer(torch.optim.Optimizer):
             "_described",
             "_reasons",
             "_ready",
+            "_kept",
         )
         return {name: self.__dict__[name] for name in kept}
 

@@ -18,8 +18,10 @@ from .engine.members import LOW
 if TYPE_CHECKING:
     from .engine.members import Member
 
+State = Mapping[Tensor, dict[str, Tensor]]  # what is kept, by parameter; one whose state was dropped is not in it
 
-def load(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], saved: Mapping[str, Any]) -> None:
+
+def load(groups: Sequence[dict[str, Any]], state: State, saved: Mapping[str, Any]) -> None:
     """Copy `saved` into `groups` and `state`.
 
     Raises:
@@ -35,7 +37,8 @@ def load(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tens
     for number, (group, old) in enumerate(zip(groups, saved_groups, strict=True)):
         _check_group(number, group, old)
         for tensor, name, index in zip(group["params"], group["param_names"], old["params"], strict=True):
-            copies += _matched(name, state[tensor], saved["state"].get(index))
+            if tensor in state or index in saved["state"]:
+                copies += _matched(name, state.get(tensor, {}), saved["state"].get(index))
     with torch.no_grad():
         for mine, key, value in copies:
             storage.put(mine, key, value)
@@ -116,26 +119,29 @@ def fit(m: Member) -> None:
         del m.state[key]
 
 
-def take(members: Sequence[Member], groups: Sequence[Mapping[str, Any]], state: bool, params: bool) -> dict[str, Any]:
+def take(groups: Sequence[Mapping[str, Any]], kept: State, state: bool, params: bool) -> dict[str, Any]:
     """A copy of weights and of everything that is kept."""
-    taken: dict[str, Any] = {"params": [m.local.clone() for m in members] if params else None, "state": None}
+    tensors = [p for group in groups for p in group["params"]]
+    taken: dict[str, Any] = {"params": [shards.local(p).detach().clone() for p in tensors] if params else None, "state": None}
     if state:
-        taken["state"] = [{key: storage.copied(value) for key, value in m.state.items()} for m in members]
+        held = [kept.get(p, {}) for p in tensors]
+        taken["state"] = [{key: storage.copied(value) for key, value in one.items()} for one in held]
         taken["clocks"] = [group["clock"] for group in groups]
     return taken
 
 
-def put_back(members: Sequence[Member], groups: Sequence[dict[str, Any]], taken: Mapping[str, Any]) -> None:
+def put_back(groups: Sequence[dict[str, Any]], kept: State, taken: Mapping[str, Any]) -> None:
     """What `take` copied, bit for bit."""
-    kept = taken["params"] if taken["params"] is not None else taken["state"]
-    if kept is not None and len(kept) != len(members):
-        raise ValueError(f"restore: the snapshot is of {len(kept)} parameters, this optimizer has {len(members)}")
-    for i, m in enumerate(members):
+    tensors = [p for group in groups for p in group["params"]]
+    known = taken["params"] if taken["params"] is not None else taken["state"]
+    if known is not None and len(known) != len(tensors):
+        raise ValueError(f"restore: the snapshot is of {len(known)} parameters, this optimizer has {len(tensors)}")
+    for i, p in enumerate(tensors):
         if taken["params"] is not None:
-            m.local.copy_(taken["params"][i])
+            shards.local(p).detach().copy_(taken["params"][i])
         if taken["state"] is not None:
             for key, value in taken["state"][i].items():
-                storage.put(m.state, key, value, may_rest=key in m.resting)
+                storage.put(kept[p], key, value, may_rest=True)
     if taken["state"] is not None:
         for group, clock in zip(groups, taken["clocks"], strict=True):
             group["clock"] = clock

@@ -105,6 +105,7 @@ class Transform:
     absent: Literal["skip", "zeros"] = "skip"  # a parameter without gradient is left out of the totals, or counts as zeros
     feeds: tuple[str, ...] = ()  # tensors that opt.feed() must have given before the step
     fed_by: str = ""  # what else a user can do than to call opt.feed(), for the error where nobody did
+    may_feed: tuple[str, ...] = ()  # those it may have given: None in k for a parameter that got none; not of unit "layer"
     needs_loss: bool = False  # step() must be given a closure that returns the loss, which is then k.loss
     inner: tuple[Transform, ...] = ()  # rules this one drives inside a split, a rotation, a preconditioner
     every: int = 0  # period of refresh(); 0: never

@@ -115,6 +115,9 @@ class Driver(torch.optim.Optimizer):
     def adopt(self, params: Sequence[Tensor]) -> None:
         """Told of parameters that it has not seen: all of them at first, then those of every group added later."""
 
+    def before_loading(self, own: Mapping[str, Any]) -> None:
+        """Told what `own` is about to become, before the inner optimizer loads its state; nothing has been changed yet."""
+
     def evaluating(self) -> AbstractContextManager[None]:
         """Within it, the model's weights are those to evaluate and to export. Afterwards they are the training's, bit for bit.
 
@@ -219,6 +222,7 @@ class Driver(torch.optim.Optimizer):
             )
         mine = {key: value for key, value in saved[0].items() if key != "driver"}
         keeping.check(self.own, mine, name)
+        self.before_loading(mine)
         rest = saved[1:]
         self.inner.load_state_dict({**state_dict, DRIVERS: rest} if rest else state_dict)
         self.own = keeping.put(self.own, mine)

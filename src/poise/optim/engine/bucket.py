@@ -32,11 +32,16 @@ class Pass:
     steps: list[int]
     rows: list[dict[str, Any]]  # distinct rows of scalars
     which: list[int]  # each member's row
-    feeds: list[dict[str, Tensor]]
+    feeds: list[dict[str, Tensor]]  # of the same names for all of them
     us: list[Tensor] = field(default_factory=list)  # local, contiguous, in the computing dtype
     own: dict[str, tuple[Columns, Tensor]] = field(default_factory=dict)  # link prefix -> what was measured, (members, columns)
     segment: int = 0
     clock: int = 0  # steps of the rule
+
+    @property
+    def fed(self) -> tuple[str, ...]:
+        """Names of the tensors that its members were fed."""
+        return tuple(self.feeds[0])
 
     def pick(self, at: Sequence[int]) -> Pass:
         """The same for some of the members."""
@@ -72,25 +77,36 @@ class Bucket:
         self.compute = members[0].format.compute
         self.device = members[0].device
         self.feeds = tuple(dict.fromkeys(name for link in self.links for name in link.feeds))
+        self.may_feed = tuple(dict.fromkeys(name for link in self.links for name in link.may_feed))
+        joint = next((link for link in self.links if link.unit == "layer"), None)
+        if joint is not None and self.may_feed:
+            name = self.may_feed[0]
+            raise ValueError(f"{joint!r} sees a layer as one, and {name!r} might be given for a part of it: name it in `feeds`")
         self.mixed = len({m.signature() for m in members}) > 1  # parameters of one layer, kept in different formats
         self.runners: dict[Any, Tiled | Flat] = {}
         self.whole = {s.positions: Whole(s.positions) for s in self.segments if not s.tiled}
-        self.scratch: dict[str, Tensor] = {}
-        self.readers: dict[tuple[str, Any], bool] = {}  # what was found out of a link, by its prefix
+        self.scratch: dict[tuple[str, ...], Tensor] = {}  # by what its users were fed
+        self.readers: dict[tuple[str, Any, tuple[str, ...]], bool] = {}  # what was found out of a link, by its prefix
 
     # -- one stretch --------------------------------------------------------------------------------------------------
 
     def runner(
-        self, like: Member, positions: tuple[int, ...], names: tuple[str, ...], measuring: bool = False, dry: bool = False
+        self,
+        like: Member,
+        positions: tuple[int, ...],
+        names: tuple[str, ...],
+        fed: tuple[str, ...],
+        measuring: bool = False,
+        dry: bool = False,
     ) -> Tiled | Flat:
-        """Whatever runs these links for members of one signature: made once for each set of scalar names."""
-        key = (like.signature() if self.mixed else None, positions, names, measuring, dry)
+        """Whatever runs these links for members of one signature: made once for each set of scalar and of fed names."""
+        key = (like.signature() if self.mixed else None, positions, names, fed, measuring, dry)
         if key not in self.runners:
             ends = positions[-1] == len(self.bound) - 1 and not dry
             begins = positions[0] == 0 or (measuring and self.links[positions[0]].reads == "grad")
             listeners = tuple(b for b in like.bound if type(b.link).written is not Transform.written) if ends else ()
             bound = tuple(like.bound[i] for i in positions)
-            program = Program(bound, begins, ends, names, measuring, self.feeds, listeners)
+            program = Program(bound, begins, ends, names, measuring, fed, listeners)
             self.runners[key] = self._make(program, like)
         return self.runners[key]
 
@@ -142,16 +158,16 @@ class Bucket:
         own_here = {
             prefix: found
             for prefix, found in p.own.items()
-            if prefix in prefixes and self._reads(reads_own, prefix, tuple(found[0]), p.rows[0], by_prefix.get(prefix, {}))
+            if prefix in prefixes and self._reads(reads_own, prefix, tuple(found[0]), p, by_prefix.get(prefix, {}))
         }
         if loss is not None:
             for prefix in prefixes:
                 names = tuple(p.own[prefix][0]) if prefix in p.own else ()
-                if self._reads(reads_loss, prefix, names, p.rows[0], by_prefix.get(prefix, {})):
+                if self._reads(reads_loss, prefix, names, p, by_prefix.get(prefix, {})):
                     totals_here["loss"] = float(loss)
         ends = p.segment == len(self.segments) and not dry
         if not ends and (segment.positions[0] == 0 or not p.us):
-            p.us = self._temporaries(p.members)
+            p.us = self._temporaries(p)
         self._run(segment.positions, p, totals_here, own_here, dry=dry)
         if dry:
             assert capture is not None
@@ -161,14 +177,13 @@ class Bucket:
         """Totals on this bucket's device: a link may stand over parameters on several."""
         return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in values.items()}
 
-    def _reads(
-        self, question: Any, prefix: str, names: tuple[str, ...], row: Mapping[str, Any], total: Mapping[str, Any]
-    ) -> bool:
+    def _reads(self, question: Any, prefix: str, names: tuple[str, ...], p: Pass, total: Mapping[str, Any]) -> bool:
         """Whether a link's update looks at `k.own` (else all may share one row) or at `k.loss`, asked once."""
-        if (prefix, question) not in self.readers:
+        key = (prefix, question, p.fed)
+        if key not in self.readers:
             bound = next(b for b in self.bound if b.prefix == prefix)
-            self.readers[prefix, question] = question(bound, names, self.feeds, row, total)
-        return self.readers[prefix, question]
+            self.readers[key] = question(bound, names, p.fed, p.rows[0], total)
+        return self.readers[key]
 
     def _table(
         self,
@@ -192,14 +207,14 @@ class Bucket:
             ]
         return table, list(range(len(table))), names
 
-    def _temporaries(self, members: Sequence[Member]) -> list[Tensor]:
+    def _temporaries(self, p: Pass) -> list[Tensor]:
         """Space for the update on its way from one stretch to the next, equal matrices side by side."""
-        sizes = [m.local.numel() for m in members]
-        held = self.scratch.get("u")
+        sizes = [m.local.numel() for m in p.members]
+        held = self.scratch.get(p.fed)  # passes that were fed other tensors may wait for each other
         if held is None or held.numel() < sum(sizes):
-            held = self.scratch["u"] = torch.empty(sum(sizes), dtype=self.compute, device=self.device)
+            held = self.scratch[p.fed] = torch.empty(sum(sizes), dtype=self.compute, device=self.device)
         pieces = held[: sum(sizes)].split(sizes)
-        return [piece.view(m.rank_shape) for piece, m in zip(pieces, members, strict=True)]
+        return [piece.view(m.rank_shape) for piece, m in zip(pieces, p.members, strict=True)]
 
     def _run(
         self,
@@ -224,7 +239,7 @@ class Bucket:
         dry: bool,
     ) -> tuple[Columns, Tensor]:
         table, which, names = self._table(p, positions, totals, own)
-        runner = self.runner(p.members[0], positions, names, measuring, dry)
+        runner = self.runner(p.members[0], positions, names, p.fed, measuring, dry)
         if isinstance(runner, Flat):
             inputs = []
             for i in range(len(p.members)):
@@ -262,7 +277,7 @@ class Bucket:
         pointers: dict[str, list[int]] = {"g": [g.data_ptr() for g in p.grads], "x": xs}
         if p.us:
             pointers["u"] = [u.data_ptr() for u in p.us]
-        for name in self.feeds:
+        for name in p.fed:
             pointers[f"feed:{name}"] = [f[name].data_ptr() for f in p.feeds]
         sums = runner.run(p.members, pointers, table, which, p.steps)
         if runner.program.ends and not runner.program.measures:

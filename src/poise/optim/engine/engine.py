@@ -163,7 +163,7 @@ class Engine:
     def _tick(self, passes: Sequence[tuple[Bucket, Pass]]) -> list[tuple[Bucket, Pass]]:
         """Count this step, and compute its scalars: one row for each distinct (group, step count).
 
-        Members whose rule only gathers in this step get passes of their own.
+        Members whose rule only gathers in this step, or that were fed other tensors, get passes of their own.
         """
         ticked: list[tuple[Bucket, Pass]] = []
         clocks = {
@@ -187,10 +187,11 @@ class Engine:
                     known[key] = len(p.rows)
                     p.rows.append(m.row(step))
                 p.which.append(known[key])
-            if any("gathers" in row for row in p.rows):
-                for gathers in (False, True):
-                    some = [i for i, w in enumerate(p.which) if ("gathers" in p.rows[w]) == gathers]
-                    ticked += [(bucket, p.pick(some))] if some else []
+            if bucket.may_feed or any("gathers" in row for row in p.rows):
+                kinds: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
+                for i, w in enumerate(p.which):
+                    kinds.setdefault(("gathers" in p.rows[w], tuple(p.feeds[i])), []).append(i)
+                ticked += [(bucket, p.pick(kinds[kind]) if len(kinds) > 1 else p) for kind in sorted(kinds)]
             else:
                 ticked.append((bucket, p))
         return ticked
@@ -232,8 +233,10 @@ def usable(m: Member, grad: Tensor) -> Tensor:
 
 def _fed(bucket: Bucket, m: Member, feeds: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
     fed: dict[str, Tensor] = {}
-    for name in bucket.feeds:
+    for name in (*bucket.feeds, *bucket.may_feed):
         if id(m.tensor) not in feeds.get(name, {}):
+            if name not in bucket.feeds:
+                continue
             hint = next((f", or {link.fed_by}" for link in m.rule if name in link.feeds and link.fed_by), "")
             raise RuntimeError(
                 f"{m.rule!r} needs {name!r} for parameter {m.spec.name!r}: call opt.feed({name}=...) before step(){hint}"

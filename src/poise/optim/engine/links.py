@@ -230,7 +230,7 @@ class Env:
             salt = bound.salt + 7919 * next(calls)
             return unit(self.bits(salt)).to(grad.dtype)
 
-        known = {"loss": None, **self.feeds, **self.known}
+        known = {"loss": None, **dict.fromkeys(bound.link.may_feed), **self.feeds, **self.known}
         if "step" in known:
             known["step"] = bound.step(known["step"])
         return Context(

@@ -74,7 +74,8 @@ class Whole:
         Large ones go alone on a CPU.
         """
         links = [members[0].bound[i] for i in self.positions]
-        alone = any(b.slots or b.inner or b.link.feeds or b.link.unit != "matrix" or measures(b.link) for b in links)
+        fed = any(b.link.feeds or b.link.may_feed for b in links)
+        alone = fed or any(b.slots or b.inner or b.link.unit != "matrix" or measures(b.link) for b in links)
         if alone or (members[0].device.type == "cpu" and members[0].spec.shape.numel() >= ALONE):
             return [[i] for i in range(len(members))]
         batches: dict[Any, list[int]] = {}
@@ -210,7 +211,7 @@ def assigned(states: Mapping[str, Tensor], written: Iterable[str], before: Mappi
 
 
 class Held(MutableMapping[str, Tensor]):
-    """The values of some links' slots, each gathered when it is first looked at: state that no rule looks at costs nothing.
+    """The values of some links' slots, each gathered when it is first looked at: what no rule looks at costs nothing.
 
     Gathered unless the link sees pieces; those of the parameter's shape are as the link sees the parameter. `before` is what was
     there.

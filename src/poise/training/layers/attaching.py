@@ -68,6 +68,7 @@ def reparameterize(
     for made, (first, *others) in planned:
         register_parametrization(first.layer, parameter, made)
         held = _lists(first.layer)[parameter]
+        made.attached(*held.parameters(recurse=False))
         for other in others:  # the tie lives on: one list, and so one set of stored tensors, for all
             register_parametrization(other.layer, parameter, nn.Identity())
             _lists(other.layer)[parameter] = held

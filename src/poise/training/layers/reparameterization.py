@@ -62,8 +62,11 @@ class Reparameterization(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.make")
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """What to store beside a weight, given as (outputs, rest), so that `make` returns it; a vector for each."""
+        """What to store beside a weight, given as (outputs, rest), so that `make` returns it."""
         return ()
+
+    def attached(self, *stored: nn.Parameter) -> None:
+        """Told of the parameters that hold what is stored, in the order of `forward`, once a layer has them: to freeze some."""
 
     def check(self, matrix: Tensor, name: str) -> None:
         """Raise ValueError if the weight called `name`, given as (outputs, rest), cannot be held like this."""
