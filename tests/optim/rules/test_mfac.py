@@ -145,13 +145,14 @@ def test_a_parameter_away_for_longer_than_the_window_comes_back_with_an_empty_on
 
 def test_a_window_in_bfloat16_preconditions_the_rounded_gradient() -> None:
     """Products, too, are of what is kept: nearly equal gradients would else seem to be what no vectors are."""
-    start, (row,) = draw(SMALL, 1, dtype=torch.float32)
+    start, noise = draw(SMALL, 5, dtype=torch.float32)
+    grads: Grads = [[a + 0.1 * b for a, b in zip(start, row, strict=True) if b is not None] for row in noise]
     params = leaves(start)
     opt = mfac(params, lr=1.0, window=4, damping=1e-2, window_dtype=torch.bfloat16)
-    play(opt, params, [row] * 5)
-    g = flat(row).bfloat16().double()
-    found = step_of(opt, params, row).double()
-    assert float((found * (1e-2 + g @ g) - g).abs().max()) < 5e-3
+    play(opt, params, grads[:4])
+    rounded = torch.stack([flat(row).bfloat16().double() for row in grads[1:]])
+    wanted = FisherWindow(rounded, 1e-2).solve(rounded[-1])
+    assert float((step_of(opt, params, grads[4]).double() - wanted).norm() / wanted.norm()) < 1e-3
     window = opt.state[params[0]]["window"]
     assert window.dtype is torch.bfloat16
     assert window.shape == (4, 6, 5)

@@ -13,6 +13,7 @@ from conformance.cases import mutated
 from torch import Tensor, nn
 
 from poise import catalog
+from poise.linalg.fisher_window import FisherWindow
 from poise.training import MFACPruner
 from poise.training.solvers.mfac_pruner import prune_once
 
@@ -124,3 +125,9 @@ def test_bad_settings_are_named() -> None:
         MFACPruner(model).prune(losses(model, x, y), 1.0)
     with pytest.raises(ValueError, match="rounds=0"):
         MFACPruner(model).prune(losses(model, x, y), 0.5, 0)
+
+
+def test_the_correction_is_worth_having(monkeypatch: pytest.MonkeyPatch) -> None:
+    corrected = pruned(0.5, 8)[0]
+    monkeypatch.setattr(FisherWindow, "solve", lambda self, x: torch.zeros_like(x))
+    assert corrected < 0.95 * pruned(0.5, 8)[0]
