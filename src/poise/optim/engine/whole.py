@@ -213,8 +213,8 @@ def assigned(states: Mapping[str, Tensor], written: Iterable[str], before: Mappi
 class Held(MutableMapping[str, Tensor]):
     """The values of some links' slots, each gathered when it is first looked at: what no rule looks at costs nothing.
 
-    Gathered unless the link sees pieces; those of the parameter's shape are as the link sees the parameter. `before` is what was
-    there.
+    Gathered unless the link sees pieces; those of the parameter's shape are as the link sees the parameter. `before` is what
+    was there.
     """
 
     def __init__(self, member: Member, bounds: Sequence[Bound]) -> None:
