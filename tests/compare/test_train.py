@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from poise.compare.entries import parse
-from poise.compare.loop import warmup_then_decay
+from poise.compare.loop import Loop, warmup_then_decay
 from poise.compare.train import state_bytes, train
+from poise.optim import AdamW, Sophia
 
 from .toys import ADAM, SGD, Toy, entry, toy_noise, toy_sgd
 
@@ -183,3 +184,15 @@ def test_a_filter_takes_its_steps_on_one_batch_and_pays_for_each() -> None:
     run = train(Toy(), parse("implicit-map(steps=3)")["implicit-map"], {"lr": 0.1}, number=0, seed=0, passes=12, split="tune")
     assert run.passes == 12
     assert [at for at, _ in run.curve] == [3, 6, 9, 12]
+
+
+def test_a_rule_that_may_be_fed_the_hessian_is_fed_in_every_tenth_step_and_pays_for_it() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loop = Loop(Toy(), lambda model: Sophia(model, lr=0.01, backend="eager"), seed=0, passes=30)
+        while not loop.finished:
+            loop.step()
+    assert loop.taken == [1] * 10 + [3] + [1] * 9 + [3] + [1] * 5
+    assert isinstance(loop.optimizer, Sophia)
+    assert all(bool(loop.optimizer.state[p]["hessian"].any()) for p in loop.model.parameters())
+    assert Loop(Toy(), AdamW, seed=0, passes=30).step() == 1

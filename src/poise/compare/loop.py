@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from poise.compare import randomness
 from poise.compare.tasks import Split, Task
 from poise.training import LayerMeans, captures
+from poise.training.curvature import hutchinson, reads_hessian
 
 WARMUP = 0.1  # share of the run
 CURVE_POINTS = 50
+ESTIMATE_EVERY, ESTIMATE_PASSES = 10, 2  # steps between two estimates of a Hessian; each is a pass, and one more backward pass
 HOPELESS = 2.0  # times the initial loss; what ends a little above it has not diverged, it has learned nothing
 
 
@@ -27,7 +29,8 @@ class Loop:
     """Trains a fresh `task.model()` for `passes` forward and backward passes, one optimizer step at a time.
 
     Initial weights and the order of the data hang on `seed` alone, so runs of two methods with one seed are a pair. A step that
-    calls its closure twice pays for two passes, and its schedule with it.
+    calls its closure twice pays for two passes, and its schedule with it. A rule that may be fed the Hessian gets Hutchinson's
+    estimate of it on the batch at hand in every tenth step, and pays for that too.
 
     Args:
         build: makes the optimizer of a model.
@@ -74,16 +77,26 @@ class Loop:
             self.inside += time.perf_counter() - started
             return loss
 
+        extra = self._estimate(batch)
         self.optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if not found:
             name = type(self.optimizer).__name__
             raise RuntimeError(f"{name} took a step without calling its closure: there is no pass to count")
         self.losses.append(found[0])
-        self.taken.append(len(found))
-        self.done += len(found)
+        self.taken.append(len(found) + extra)
+        self.done += self.taken[-1]
         self.finite = all(map(math.isfinite, found))
         self.schedule.step()
-        return len(found)
+        return self.taken[-1]
+
+    def _estimate(self, batch: Any) -> int:
+        """Feed an estimate of the Hessian where it is wanted; returns the passes that took."""
+        base: Any = getattr(self.optimizer, "base", self.optimizer)
+        steps = len(self.taken)
+        if not steps or steps % ESTIMATE_EVERY or not reads_hessian(base):
+            return 0
+        base.feed(hessian=hutchinson(self.model, lambda: self.task.loss(self.model, batch), seed=steps))
+        return ESTIMATE_PASSES
 
     @property
     def hopeless(self) -> bool:

@@ -183,7 +183,7 @@ def feed_hessian(opt: Optimizer, estimate: Callable[[int], Mapping[Any, Tensor]]
     """
     if every < 1:
         raise ValueError(f"every={every}: must be at least 1")
-    if not any("hessian" in (*link.feeds, *link.may_feed) for rule in opt._rules.values() for link in rule):
+    if not reads_hessian(opt):
         raise ValueError(f"opt={type(opt).__name__}: none of its rules reads a Hessian, as Sophia's does")
 
     def feed(*_: object) -> None:
@@ -192,6 +192,12 @@ def feed_hessian(opt: Optimizer, estimate: Callable[[int], Mapping[Any, Tensor]]
             opt.feed(hessian=estimate(taken))
 
     return opt.register_step_pre_hook(feed)
+
+
+def reads_hessian(opt: torch.optim.Optimizer) -> bool:
+    """Whether `opt` may be fed a `hessian`, as `Sophia` may."""
+    rules = opt._rules.values() if isinstance(opt, Optimizer) else ()
+    return any("hessian" in (*link.feeds, *link.may_feed) for rule in rules for link in rule)
 
 
 # -- inside ---------------------------------------------------------------------------------------------------------------

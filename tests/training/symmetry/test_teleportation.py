@@ -13,7 +13,7 @@ from conformance.problems import distance, same
 from torch import Tensor, nn
 
 from poise.training.symmetry.functional import Network
-from poise.training.symmetry.landscape import along, curvature, gradient_norm, sharpness
+from poise.training.symmetry.landscape import along, curve_curvature, gradient_norm, sharpness
 from poise.training.symmetry.symmetries import mix_units, pairs_of
 from poise.training.symmetry.teleportation import Teleportation, teleport
 
@@ -238,7 +238,7 @@ def test_the_curvature_of_a_circle_is_one_over_its_radius_and_that_of_a_helix_kn
         def helix(t: Tensor, r: float = r, c: float = c) -> Tensor:
             return torch.stack([r * torch.cos(t), r * torch.sin(t), c * t])
 
-        found, slope = along(lambda t, helix=helix: curvature(helix, t), torch.tensor(0.7, dtype=torch.float64))
+        found, slope = along(lambda t, helix=helix: curve_curvature(helix, t), torch.tensor(0.7, dtype=torch.float64))
         assert float(found) == pytest.approx(r / (r**2 + c**2), rel=1e-12)
         assert abs(float(slope)) < 1e-12
 
@@ -246,7 +246,7 @@ def test_the_curvature_of_a_circle_is_one_over_its_radius_and_that_of_a_helix_kn
 def test_the_derivative_of_curvature_is_that_of_a_parabola() -> None:
     """y = t^2: 2 / (1 + 4 t^2)^(3/2)."""
     t = 0.3
-    found, slope = along(lambda s: curvature(lambda t: torch.stack([t, t * t]), s), torch.tensor(t, dtype=torch.float64))
+    found, slope = along(lambda s: curve_curvature(lambda t: torch.stack([t, t * t]), s), torch.tensor(t, dtype=torch.float64))
     assert float(found) == pytest.approx(2 / (1 + 4 * t**2) ** 1.5, rel=1e-12)
     assert float(slope) == pytest.approx(-24 * t / (1 + 4 * t**2) ** 2.5, rel=1e-12)
 

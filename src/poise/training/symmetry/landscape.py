@@ -36,7 +36,7 @@ def sharpness(network: Network, leaves: Weights, directions: int, seed: int) -> 
     return total, slopes
 
 
-def curvature(curve: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+def curve_curvature(curve: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """`sqrt(|y'|^2 |y''|^2 - <y', y''>^2) / |y'|^3` of a curve of vectors."""
 
     def velocity(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..weights import computing, local
 from .functional import Loss, Network, Weights, looked_at
-from .landscape import along, curvature, gradient_norm, sharpness
+from .landscape import along, curve_curvature, gradient_norm, sharpness
 from .symmetries import Group, Named, Pair, check_group, mix_outputs, mix_units, pairs_of, scale_units
 
 Objective = Literal["gradient", "sharpness", "curvature"]
@@ -140,7 +140,7 @@ class Teleportation:
             moved = self.act(network, weights, pairs, [t * m if m.ndim == 1 else _exp_minus_one(t, m) for m in M])
             return torch.cat([moved[name].flatten() for name in moved])
 
-        value, slope = along(lambda t: curvature(curve, t), zeros[0].new_zeros(()))
+        value, slope = along(lambda t: curve_curvature(curve, t), zeros[0].new_zeros(()))
         return float(value), [slope * m for m in M]
 
     def _zero(self, V: Tensor) -> Tensor:
