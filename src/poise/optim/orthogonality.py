@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from poise.linalg.orthogonality import OrthogonalizationError, orthogonalization_error
 
 from .engine.engine import Engine
+from .engine.measuring import seen
 from .engine.members import Member
-from .engine.whole import seen
 from .optimizer import Optimizer
 from .transform import Chain, Context, State, Transform
 from .transforms.spectral import matrices, orthogonalize

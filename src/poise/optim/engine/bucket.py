@@ -16,11 +16,12 @@ from ..transform import Transform
 from . import kernels, shards
 from .flat import Flat, Mode
 from .measured import Columns
+from .measuring import measure_whole
 from .members import LOW, Member
 from .program import Program, reads_loss, reads_own
 from .segments import cut
 from .tiled import Tiled
-from .whole import Whole, measure_whole
+from .whole import Whole
 
 
 @dataclass

@@ -18,9 +18,9 @@ from . import shards
 from .backends import mode_for
 from .bucket import Bucket, Pass
 from .links import Bound
+from .measuring import measures, refresh
 from .members import Member
 from .totals import Totals
-from .whole import measures, refresh
 
 # Elements whose updates are held at once between the stretches of a chain with matrix rules in it.
 HELD = 1 << 24

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .links import Bound
+from .measuring import measures
 from .members import Member
-from .whole import measures
 
 
 @dataclass(frozen=True)

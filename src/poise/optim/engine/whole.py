@@ -1,25 +1,22 @@
-"""Links that see whole parameters: matrices (equal ones at once), tensors, and the rare work of `refresh`.
+"""Links that see whole parameters: matrices (equal ones at once), tensors, layers, and pieces, which are all of it here.
 
 A sharded parameter is gathered first, on every rank; what comes out, and the state, goes back to the shards.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from poise.memory.rounding import int32, noise_bits
-
-from ..transform import Transform
 from . import shards
-from .layers import joined, parted
-from .links import Bound, Env, call_update, settled
-from .measured import Columns
-from .members import LOW, Member, state_draw
+from .held import Held, assigned, keep_states, noise, piece_noise, stored_weights
+from .layers import parted
+from .links import Env, call_update
+from .measuring import measures, seen
+from .members import Member
 from .views import stored_as, view_of
 
 ALONE = 2**19  # elements of a matrix from which on a CPU a batch of them gains nothing, and takes memory
@@ -188,176 +185,3 @@ def _stack(whole: list[Tensor]) -> Tensor:
     if adjacent:
         return first.as_strided((len(whole), *first.shape), (size, *first.stride()))
     return torch.stack(whole)
-
-
-def measures(link: Transform) -> bool:
-    """Whether a link has a phase one."""
-    return type(link).measure is not Transform.measure
-
-
-def stored_weights(member: Member) -> dict[str, Tensor]:
-    """What a WeightFormat reads."""
-    stored = {"x": member.local}
-    if LOW in member.state:
-        stored[LOW] = shards.local(member.state[LOW])
-    return stored
-
-
-def assigned(states: Mapping[str, Tensor], written: Iterable[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What rules assigned, apart from the memory of what was there; a tensor that was written in place stands for itself."""
-    values = {key: states[key] for key in written}
-    new = {key: value for key, value in values.items() if value is not before.get(key)}
-    return values | settled(new, before.values())
-
-
-class Held(MutableMapping[str, Tensor]):
-    """The values of some links' slots, each gathered when it is first looked at: what no rule looks at costs nothing.
-
-    Gathered unless the link sees pieces; those of the parameter's shape are as the link sees the parameter. `before` is what
-    was there.
-    """
-
-    def __init__(self, member: Member, bounds: Sequence[Bound]) -> None:
-        self.member = member
-        self.units = {key: b.link.unit for b in bounds for key in b.state_keys()}
-        self._values: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self._values:
-            m, store, unit = self.member, self.member.stores[key], self.units[key]
-            value = store.read(m.state)
-            if unit != "piece":
-                value = shards.gather_as(m.tensor, value, store.slot.shape, m.dims[key])
-            same = tuple(store.slot.shape) == tuple(m.spec.shape)
-            self._values[key] = self.before[key] = view_of(unit, m.spec, value) if same else value
-        return self._values[key]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        self._values[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        raise TypeError(f"state {key!r} cannot be deleted")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.units)
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-
-def keep_states(member: Member, states: Mapping[str, Tensor], step: int) -> None:
-    """Write slots back to where they are kept."""
-    units = {key: b.link.unit for b in member.bound for key in b.state_keys()}
-    for position, (key, store) in enumerate(member.stores.items()):
-        if key in states:
-            same = tuple(store.slot.shape) == tuple(member.spec.shape)
-            value = states[key]
-            if units[key] != "piece":
-                whole = stored_as(units[key] if same else "tensor", member.spec, value, store.slot.shape)
-                value = shards.scatter_as(member.tensor, whole, store.slot.shape, member.dims[key])
-            stochastic = store.codec is not None and store.codec.stochastic
-            bits = None
-            if stochastic:
-                salt, half = state_draw(position)
-                bits = half(member.bits(step, salt) if same else _bits_of(member, key, step, salt))
-            store.write(member.state, value.reshape(store.shape), bits)
-
-
-def _bits_of(member: Member, key: str, step: int, salt: int) -> Tensor:
-    """Random bits for this rank's piece of a slot of another shape than the parameter's."""
-    shape = member.stores[key].slot.shape
-    whole = torch.arange(math.prod(shape), dtype=torch.int32, device=member.local.device).reshape(tuple(shape))
-    where = shards.scatter_as(member.tensor, whole, shape, member.dims[key]).reshape(-1)
-    return noise_bits(int32(member.noise_key(step) + salt), where)
-
-
-def noise(members: Sequence[Member], steps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
-    """Random bits for whole parameters, in the shape of a tensor."""
-
-    def bits(salt: int, like: Tensor) -> Tensor:
-        where = torch.arange(like.numel() // len(members), dtype=torch.int32, device=like.device)
-        keys = [int32(m.noise_key(s) + salt) for m, s in zip(members, steps, strict=True)]
-        return torch.stack([noise_bits(key, where) for key in keys]).reshape(like.shape)
-
-    return bits
-
-
-def piece_noise(member: Member, step: int) -> Callable[[int, Tensor], Tensor]:
-    """Random bits for this rank's piece of a parameter, in the shape of a tensor."""
-    return lambda salt, like: member.bits(step, salt).reshape(like.shape)
-
-
-def refresh(
-    member: Member,
-    bounds: Sequence[Bound],
-    grads: Mapping[Member, Tensor],
-    row: Mapping[str, Any],
-    step: int,
-    facts: dict[str, Any],
-) -> None:
-    """Run `refresh` of these links (or inner rules) of one member; of a layer, for its leader."""
-    states, written, rested = Held(member, member.bound), set[str](), set[str]()
-    for bound, unit in [(b, top.link.unit) for top in member.bound for b in top.family() if b in bounds]:
-        if unit == "layer" and member.layer is not None and not member.layer.leads:
-            continue
-        env = Env(seen(unit, member, grads), seen(unit, member, None), states, row, written, rested=rested, **facts)
-        bits = piece_noise(member, step) if unit == "piece" else noise([member], [step])
-        env.bits = lambda salt, like=env.x, bits=bits: bits(salt, like)
-        env.known = {**env.known, "param": bound.param, "step": step}
-        bound.link.refresh(env.grad, env.view(bound), env.x, env.context(bound, env.grad, env.handles(bound)))
-    keep_states(member, assigned(states, written - rested, states.before), step)
-    for key in rested:
-        member.stores[key].rest(member.state)
-
-
-def seen(unit: str, member: Member, values: Mapping[Member, Tensor] | None) -> Tensor:
-    """What a link of this unit sees of a member: of `values` (zeros where it has none), or of the weights."""
-
-    def whole(m: Member) -> Tensor:
-        if values is not None and m not in values:
-            return torch.zeros(m.spec.shape, dtype=m.format.compute, device=m.device)
-        piece = m.format.read(stored_weights(m)) if values is None else values[m].to(m.format.compute)
-        return piece if unit == "piece" else shards.gather(m.tensor, piece)
-
-    if unit == "layer":
-        return joined(whole(member), member.spec, None if member.partner is None else whole(member.partner))
-    return view_of(unit, member.spec, whole(member))
-
-
-def measure_whole(
-    position: int,
-    members: Sequence[Member],
-    us: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    rows: Sequence[Mapping[str, Any]],
-    steps: Sequence[int],
-    clock: int,
-    feeds: Sequence[Mapping[str, Tensor]],
-) -> tuple[Columns, Tensor]:
-    """Phase one of a link that sees whole parameters or pieces: what is measured, and the values (members, columns).
-
-    A layer is measured once, with its leader, or with the only one of its two that has a gradient.
-    """
-    by_member, update = dict(zip(members, grads, strict=True)), dict(zip(members, us, strict=True))
-    given = {name: {m: fed[name] for m, fed in zip(members, feeds, strict=True)} for name in feeds[0]}
-    found: list[dict[str, Tensor]] = []
-    for i, m in enumerate(members):
-        lead = m if m.layer is None or m.layer.leads or m.partner is None else m.partner
-        bound = lead.bound[position]
-        unit = bound.link.unit
-        if unit == "layer" and lead is not m and lead in by_member:
-            found.append({})
-            continue
-        lead = lead if unit == "layer" else m
-        bound, written = lead.bound[position], set[str]()
-        states = Held(lead, [bound])
-        fed = {name: seen(unit, lead, values) for name, values in given.items()}
-        env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=fed)
-        env.known = {"param": bound.param, "step": steps[i], "clock": clock}
-        bits = piece_noise(lead, steps[i]) if unit == "piece" else noise([lead], [steps[i]])
-        env.bits = lambda salt, like=env.x, bits=bits: bits(salt, like)
-        found.append(bound.link.measure(seen(unit, lead, update), env.view(bound), env.x, env.context(bound, env.grad)))
-        keep_states(lead, assigned(states, written, states.before), steps[i])
-    columns = Columns.of(next((values for values in found if values), {}))
-    return columns, torch.stack([columns.row(values, members[0].device) for values in found])
