@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    by_hand,
     jax_cases,
     matrix_cases,
     model_cases,
@@ -24,4 +25,4 @@ CASES: tuple[Case, ...] = (
     *training_cases.CASES,
     *model_cases.CASES,
 )
-ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT)
+ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *by_hand.ABSENT)
