@@ -20,9 +20,15 @@ from .cases import STATES, build, grads_like, net, tensors_of
 from .problems import SHAPES, draw, leaves, play, same
 
 
-@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize(
-    "dtype, backend", [(torch.float32, "eager"), (torch.bfloat16, "auto")], ids=["float32 eager", "bfloat16 compiled"]
+    "dtype, backend, state",
+    [
+        (torch.float32, "eager", "fp32"),
+        (torch.float32, "eager", "bf16"),
+        (torch.bfloat16, "auto", "int8"),
+        (torch.bfloat16, "auto", "int4"),
+    ],
+    ids=["float32 eager-fp32", "float32 eager-bf16", "bfloat16 compiled-int8", "bfloat16 compiled-int4"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     entry: Method, state: str, dtype: torch.dtype, backend: str, tmp_path: Path

@@ -156,9 +156,10 @@ def test_a_group_of_its_own_keeps_its_own_learning_rate(entry: Method) -> None:
     assert not torch.equal(found[0], start[0])
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize(
-    "dtype, backend", [(torch.float32, "eager"), (torch.bfloat16, "auto")], ids=["float32 eager", "bfloat16 compiled"]
+    "dtype, backend, how",
+    [(torch.float32, "eager", "deepcopy"), (torch.bfloat16, "auto", "pickle")],
+    ids=["float32 eager-deepcopy", "bfloat16 compiled-pickle"],
 )
 def test_a_copy_made_in_mid_run_continues_identically(entry: Method, how: str, dtype: torch.dtype, backend: str) -> None:
     start, grads = draw(SHAPES[:2], 6, dtype=dtype)

@@ -40,8 +40,9 @@ def layouts() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
+@pytest.mark.parametrize(
+    "layout, dtype", [("channels_last", torch.bfloat16), ("transposed", torch.float32), ("strided", torch.bfloat16)], ids=str
+)
 def test_the_layout_of_a_weight_changes_nothing_and_is_kept(entry: Method, layout: str, dtype: torch.dtype) -> None:
     _, grads = draw([(16, 8, 3, 4)], 3, dtype=dtype)
     values = layouts()

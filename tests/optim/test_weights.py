@@ -25,16 +25,16 @@ class feedback(Transform):
     owns_step = True
 
     def slots(self, p: Param) -> dict[str, Slot]:
-        return {"error": Slot(tuple(p.shape)), "seen": Slot(tuple(p.shape))}
+        return {"kept_back": Slot(tuple(p.shape)), "seen": Slot(tuple(p.shape))}
 
     def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
         return {"lr": float(hyper["lr"])}
 
     def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        return state["error"] - k.lr * u
+        return state["kept_back"] - k.lr * u
 
     def written(self, error: Tensor, state: State, x: Tensor, k: Context) -> None:
-        state["error"] = error
+        state["kept_back"] = error
         state["seen"] = x + 0
 
 
@@ -58,7 +58,7 @@ def test_a_rule_is_told_exactly_what_rounding_kept_from_the_weights(weights: Any
         for w, g in zip(exact, row, strict=True):
             w -= 2.0**-4 * g
     for p, wanted in zip(params, exact, strict=True):
-        error = opt.state[p]["error"]
+        error = opt.state[p]["kept_back"]
         assert bool((error != 0).any())
         assert torch.equal(p.detach().double() + error.double(), wanted)
         assert torch.equal(opt.state[p]["seen"], p.detach().float())
