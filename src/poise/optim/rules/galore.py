@@ -22,7 +22,7 @@ from ..transforms.subspace import OnRefresh, projected
 @method(
     "galore",
     family="optim",
-    paper=Paper("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arxiv="2403.03507", year=2024),
+    paper=Paper("Memory-Efficient LLM Training by Gradient Low-Rank Projection", arxiv="2403.03507", year=2024),
     tune={
         "lr": log_uniform(1e-3, 0.1),
         "weight_decay": log_uniform(1e-3, 1.0),
