@@ -25,10 +25,10 @@ from .problems import SHAPES, draw, leaves, play, same
     [
         (torch.float32, "eager", "fp32"),
         (torch.float32, "eager", "bf16"),
-        (torch.bfloat16, "auto", "int8"),
+        (torch.bfloat16, "eager", "int8"),
         (torch.bfloat16, "auto", "int4"),
     ],
-    ids=["float32 eager-fp32", "float32 eager-bf16", "bfloat16 compiled-int8", "bfloat16 compiled-int4"],
+    ids=["float32 eager-fp32", "float32 eager-bf16", "bfloat16 eager-int8", "bfloat16 compiled-int4"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     entry: Method, state: str, dtype: torch.dtype, backend: str, tmp_path: Path

@@ -164,8 +164,8 @@ def resumed(entry: Method) -> dict[str, Any]:
     return outcome(opt, again, params, start)
 
 
-# With "fsdp compiled" (int8) and "fsdp resumed" (bf16) every format of state and every dtype of weights is there; how a shard is
-# encoded does not hang on the dtype it belongs to.
+# With "fsdp compiled" (int8) and "fsdp resumed" (bf16) every format of state and every dtype of weights is there; how a shard
+# is encoded does not hang on the dtype it belongs to.
 SHARDED = {"fp32": "float32", "int4": "bfloat16"}
 SCENARIOS: dict[str, Scenario] = {
     "ddp": ddp,
