@@ -139,6 +139,7 @@ def raises(): raise ValueError("no such thing as /home/someone/secret/file.py on
 """
 
 
+@pytest.mark.slow
 def test_a_crash_a_hang_and_an_error_are_recorded_and_what_follows_still_runs(tmp_path: Path) -> None:
     plugin = FAULTS + (
         """
@@ -162,6 +163,7 @@ memory.tasks = lambda s: {"d": good("d"), "hang": hang, "e": good("e")}
     assert ended(found)["memory"] == "finished"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_the_time_is_listed_as_not_run(tmp_path: Path) -> None:
     plugin = FAULTS + (
         """

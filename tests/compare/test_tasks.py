@@ -55,7 +55,7 @@ def test_a_task_goes_to_another_process(name: str) -> None:
     assert same(next(twin.batches("train", 3)), next(task.batches("train", 3)))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "code-lm-large" else n for n in SMALL])
 def test_a_few_steps_of_adam_learn_something(name: str) -> None:
     task = load(name)
     torch.manual_seed(0)

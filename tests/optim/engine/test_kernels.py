@@ -308,6 +308,7 @@ print(str(pick_vec_isa()))
 """
 
 
+@pytest.mark.slow
 def test_a_cache_with_a_space_in_its_name_does_not_cost_the_vector_instructions(tmp_path: Path) -> None:
     found = []
     for folder in ("cache", "my cache"):
@@ -331,6 +332,7 @@ print(float(p.detach().sum()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_may_fill_one_cache_at_once(tmp_path: Path) -> None:
     """They begin to compile together; each library is whole whenever it is there."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "error::UserWarning"}
