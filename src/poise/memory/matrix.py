@@ -121,7 +121,7 @@ def _scale(maxima: Mapping[str, Tensor], dims: int) -> Tensor:
     family="memory",
     kind="codec",
     paper=PAPER,
-    mutant=('over(x.sum(0), "sum") / rows', 'over(x.sum(0), "sum")'),
+    mutant=("mean = columns.mean()", "mean = columns.amax()"),
 )
 @dataclass(frozen=True)
 class Factored4(MatrixCodec):
