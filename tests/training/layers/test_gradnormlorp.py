@@ -130,7 +130,7 @@ def test_state_of_the_factors_is_as_large_as_the_subspace_and_there_is_none_for_
     sizes = {}
     for group in opt.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            sizes[name] = {key: tuple(t.shape) for key, t in opt.state[p].items() if key != "step"}
+            sizes[name] = {key.rpartition(".")[2]: tuple(t.shape) for key, t in opt.state[p].items() if key != "step"}
     first = "0.parametrizations.weight."
     assert sizes[f"{first}original1"] == {"basis": (2, 40), "exp_avg": (2, 4), "exp_avg_sq": (2, 4)}
     assert sizes[f"{first}original2"] == {"basis": (2, 24), "exp_avg": (4, 2), "exp_avg_sq": (4, 2)}
@@ -160,8 +160,8 @@ def test_in_a_subspace_that_is_everything_it_is_adam_in_the_basis_of_the_gradien
     params = leaves(start)
     opt = Optimizer(params, chain(projected_adam(Projector("svd", 4, "right"), every=100, scale=0.5)), lr=0.1, backend="eager")
     found = play(opt, params, grads)
-    basis = torch.linalg.svd(grads[1][0]).Vh
-    first = torch.linalg.svd(grads[0][0]).Vh
+    first, second = (torch.linalg.svd(row[0]).Vh for row in grads[:2])
+    basis = second * (first * second).sum(1, keepdim=True).sign()  # each vector turned towards the one that was in its place
     x, m, v = start[0], torch.zeros(6, 4, dtype=F64), torch.zeros(6, 4, dtype=F64)
     for t, (g,) in enumerate(grads, 1):
         assert g is not None
@@ -213,9 +213,7 @@ def test_a_zero_row_and_a_model_without_such_layers_are_refused() -> None:
         reparameterize(layer, GradNormLoRP, rank=1)
     with pytest.raises(ValueError, match="GradNormLoRP"):
         projected_adamw(nn.Linear(4, 3))
-    settings: list[tuple[dict[str, Any], str]] = [({"every": 0}, "every=0"), ({"scale": 0.0}, "scale=0.0")]
+    settings: list[tuple[dict[str, Any], str]] = [({"every": 0}, "gap=0"), ({"scale": -1.0}, "scale=-1.0")]
     for wrong, message in settings:
         with pytest.raises(ValueError, match=message):
             projected_adam(Projector("svd", 2), **wrong)
-    with pytest.raises(ValueError, match=r"projector\.kind='gaussian'"):
-        projected_adam(Projector("gaussian", 2))

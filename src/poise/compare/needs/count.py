@@ -16,6 +16,7 @@ from poise.compare.entries import Entry
 from poise.compare.loop import move
 from poise.compare.tasks import Task
 from poise.compare.train import state_bytes, tensors
+from poise.training.layers.kept_bytes import kept_by
 
 OUTSIDE = "(loss and input)"  # what no part of the model asked to be kept
 REST = "(rest)"  # weights of the model itself, and state that belongs to no parameter
@@ -135,22 +136,8 @@ def activations(model: nn.Module, parts: Mapping[str, nn.Module], forward: Calla
 
     A storage counts once, and weights and buffers not at all: they are there anyway.
     """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    found: dict[str, int] = {}
-    kept: dict[int, Any] = {}  # storages, held, so that none is freed and its address given to another
     with running(parts) as stack:
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in own and storage._cdata not in kept:
-                kept[storage._cdata] = storage
-                found[stack[-1]] = found.get(stack[-1], 0) + storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = forward()
-    del loss
-    return found
+        return kept_by(forward, model, lambda: stack[-1])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, Unpack, get_args
 
 import torch
@@ -13,10 +13,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from poise.catalog import Paper, choice, method
 from poise.linalg.lengths import lengths
 from poise.linalg.projectors import Projector
-from poise.optim import Context, Optimizer, Param, Route, Slot, Transform, chain, everything
+from poise.optim import Optimizer, Route, chain, everything
 from poise.optim.options import Options
-from poise.optim.transform import State
-from poise.optim.transforms.adaptive import adam, check_betas, check_eps
+from poise.optim.transforms.adaptive import adam
+from poise.optim.transforms.subspace import projected
 
 from .reparameterization import Reparameterization, Rows
 
@@ -104,22 +104,17 @@ class GradNormLoRP(Reparameterization):
         return f"rank={self.rank}, alpha={self.alpha}, norm={self.norm!r}"
 
 
-class projected_adam(Transform):
-    """Adam in a subspace of each matrix's gradients, chosen anew every T steps; its state stays over the change.
+class projected_adam(projected):
+    """Adam in a subspace of each matrix's gradients, as `projected` drives it, with one more subspace taken before step 2.
 
-        at steps 1, 2, T + 1, 2 T + 1, ...:  B <- projector's basis for u
-        result  scale back( adam( project(u) ) )            `project(u) = B u` or `u B^T`, `back` its transpose
+    At the first step one factor is zero, so the other has no gradient that a subspace could be read from.
 
     Args:
-        projector: a `poise.linalg.projectors.Projector` of kind "svd", "rows" or "columns". All rows: Adam as it is.
-        every: T.
+        projector: a `poise.linalg.projectors.Projector`. All rows: Adam as it is.
+        every: steps between two subspaces; state stays over the change.
         scale: factor of the result.
         betas, eps: Adam's.
-
-    State: 2 values for each entry of the small matrix, and the basis.
     """
-
-    unit = "matrix"
 
     def __init__(
         self,
@@ -129,39 +124,10 @@ class projected_adam(Transform):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        check_betas(betas)
-        check_eps(eps)
-        if every < 1:
-            raise ValueError(f"every={every}: must be at least 1")
-        if not scale > 0:
-            raise ValueError(f"scale={scale}: must be positive")
-        if projector.kind not in ("svd", "rows", "columns"):
-            raise ValueError(f"projector.kind={projector.kind!r}: must be 'svd', 'rows' or 'columns'")
-        self.projector, self.every, self.scale = projector, every, scale
-        self.small = adam(betas, eps)
-        self.defaults = self.small.defaults
-
-    def slots(self, p: Param) -> dict[str, Slot]:
-        m, n = p.matrix
-        small = self.projector.small_shape(m, n)
-        dtype = torch.float32 if self.projector.kind == "svd" else torch.int64
-        basis = Slot(self.projector.basis_shape(m, n), dtype, kind="exact")
-        return {"basis": basis, "exp_avg": Slot(small), "exp_avg_sq": Slot(small, kind="nonneg")}
-
-    def scalars(self, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
-        return self.small.scalars(step, hyper)
+        super().__init__(adam(betas, eps), projector, every, proj_scale=scale)
 
     def due(self, step: int) -> bool:
-        # at the first step one factor is zero, so the other has no gradient that a subspace could be read from
         return step == 2 or super().due(step)
-
-    def refresh(self, u: Tensor, state: State, x: Tensor, k: Context) -> None:
-        state["basis"] = self.projector.basis(u, k.uniform().flatten(-2))
-
-    def update(self, u: Tensor, state: State, x: Tensor, k: Context) -> Tensor:
-        m, n = u.shape[-2:]
-        made = self.small.update(self.projector.project(u, state["basis"]), state, x, k)
-        return self.scale * self.projector.back(made, state["basis"], m, n)
 
 
 def projected_adamw(

@@ -21,18 +21,24 @@ def kept_bytes(forward: Callable[[], Any], model: nn.Module | None = None) -> in
         forward: computes something that requires a gradient; it is called once.
         model: whose own tensors are left out.
     """
+    return sum(kept_by(forward, model, lambda: "").values())
+
+
+def kept_by(forward: Callable[[], Any], model: nn.Module | None, label: Callable[[], str]) -> dict[str, int]:
+    """The same, parted by what `label()` says when each piece of memory is first kept. It counts on the meta device too."""
     own = [] if model is None else [*model.parameters(), *model.buffers()]
-    there = {t.untyped_storage().data_ptr() for t in own}
-    kept: dict[int, Tensor] = {}  # the tensors themselves, so that no memory is given out twice while they are counted
+    there = {t.untyped_storage()._cdata for t in own}
+    held: dict[int, Any] = {}  # the memory itself, so that none is given out twice while it is counted
+    found: dict[str, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        place = t.untyped_storage().data_ptr()
-        if place not in there:
-            kept[place] = t
+        storage = t.untyped_storage()
+        if storage._cdata not in there and storage._cdata not in held:
+            held[storage._cdata] = storage
+            found[label()] = found.get(label(), 0) + storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()
-    found = sum(t.untyped_storage().nbytes() for t in kept.values())
     del result  # till here, as in training
     return found
