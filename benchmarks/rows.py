@@ -90,7 +90,11 @@ def bare(package: str) -> None:
     sys.modules[package] = module
 
 
-SETTINGS = ("state", "backend", "momentum", "form", "variant", "base", "per", "predictor", "method")
+# Arguments of a row that are its optimizer's, and not the row's own.
+SETTINGS = (
+    "state", "weights", "backend", "momentum", "form", "variant", "base", "per", "predictor", "method", "grafting", "window",
+    "rank", "update_proj_gap", "update_gap", "precondition_frequency", "statistics_every", "roots_every",
+)  # fmt: skip
 
 
 def _poise(name: str, cls: str, **options: Any) -> Row:
@@ -106,6 +110,11 @@ def _element(name: str, cls: str, of_traffic: float = 1.3, **options: Any) -> Ro
 def _matrix(name: str, cls: str, iterations: int = 5, **options: Any) -> Row:
     """A rule for matrices, on nothing but these."""
     return _poise(name, cls, **{"params": "hidden", "iterations": iterations, **options})
+
+
+def _small(name: str, cls: str, **options: Any) -> Row:
+    """A rule that does much more than multiply matrices, on one of each; no target."""
+    return _poise(name, cls, **{"params": "one of each", **options})
 
 
 OF_PRODUCTS = 1.2
@@ -151,6 +160,20 @@ ROWS: dict[str, Row] = {
         _matrix("polargrad", "PolarGrad", 0, params="one of each", note="exact polar factors, by QDWH"),
         _matrix("polargrad-express", "PolarGrad", method="polar_express"),
         _matrix("auon", "AuON", 0, note="multiplies no matrices"),
+        _element("sophia", "Sophia", note="without a new estimate of the Hessian, which is a pass of the model's"),
+        _poise("eco-int8", "ECO", weights="int8", note="weights on a grid of int8"),
+        _poise("micro-adam", "MicroAdam", note="the largest 1% of each gradient, and errors of 4 bits"),
+        _poise(
+            "frugal", "FRUGAL", update_gap=20, period=20, note="whole tensors in turn; mean of 20 steps, one of which chooses"
+        ),
+        _small("galore", "GaLore", update_proj_gap=20, period=20, note="mean of 20 steps, one of which takes SVDs"),
+        _small(
+            "natural-galore", "NaturalGaLore", update_proj_gap=20, period=20, note="mean of 20 steps, one of which takes SVDs"
+        ),
+        _small("shampoo", "Shampoo", grafting="adam", precondition_frequency=10, period=10, note=REFRESH),
+        _small("shampoo-4bit", "Shampoo4Bit", statistics_every=10, roots_every=20, period=20, note="mean of 20 steps"),
+        _small("m-fac", "MFAC", window=32, note="a window of 32 gradients"),
+        _small("efcp", "EFCP", window=32, note="a window of 32 gradients, 1% of each"),
         _poise("muon-one-of-each", "Muon", params="one of each", beside=("torch:muon",)),
         _poise("soap", "SOAP", params="one of each", period=10, note=REFRESH),
         _poise("soap-full", "SOAP", form="full", params="one of each", period=10, note=f"the published form; {REFRESH}"),

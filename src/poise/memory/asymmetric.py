@@ -30,18 +30,19 @@ def encode(a: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = pad(a, (0, count * size - d)).reshape(count, size)
     if count * size > d:
         rows[-1, d - count * size :] = a[-1]  # one that is there changes neither end
-    finite = rows.isfinite().all(1)
-    lo = _outwards(torch.where(finite, rows.amin(1), torch.nan), -1)
-    hi = _outwards(torch.where(finite, rows.amax(1), torch.nan), 1)
+    least, most = rows.amin(1), rows.amax(1)
+    finite = least.isfinite() & most.isfinite()  # of all numbers between them, too
+    lo = _outwards(torch.where(finite, least, torch.nan), -1)
+    hi = _outwards(torch.where(finite, most, torch.nan), 1)
     low, unit = _ends(lo, hi, a.dtype)
-    codes = ((rows - low) / torch.where(unit > 0, unit, 1.0) + 0.5).floor().clamp(0, LEVELS).nan_to_num(0.0)
+    codes = (rows - low).div_(torch.where(unit > 0, unit, 1.0)).add_(0.5).floor_().clamp_(0, LEVELS).nan_to_num_(0.0)
     return pack(codes.to(torch.int32)), lo, hi
 
 
 def decode(codes: Tensor, lo: Tensor, hi: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     """The d numbers that `encode` was given, nearly."""
     low, unit = _ends(lo, hi, dtype)
-    return (low + unpack(codes).to(dtype) * unit).reshape(-1)[:d]
+    return unpack(codes).to(dtype).mul_(unit).add_(low).reshape(-1)[:d]
 
 
 def _ends(lo: Tensor, hi: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

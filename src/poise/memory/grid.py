@@ -60,18 +60,28 @@ class Grid:
         group = min(self.group or length, length)
         short = -length % group
         cells = torch.nn.functional.pad(rows, (0, short)).view(-1, group)
+        noise = None
+        if uniform is not None:
+            noise = torch.nn.functional.pad(uniform.reshape(rows.shape).to(x.dtype), (0, short)).view(-1, group)
+        return self.cells(cells, noise).view(len(x), -1)[:, :length].reshape(x.shape)
+
+    def cells(self, cells: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """As `rounded`, for a matrix whose rows have a scale each."""
         scale = cells.abs().amax(1, keepdim=True) / self.largest
         if self.scale is not None:
             scale = torch.full_like(scale, self.scale)
         y = cells / torch.where(scale > 0, scale, 1.0)
-        noise = 0.5
-        if uniform is not None:
-            noise = torch.nn.functional.pad(uniform.reshape(rows.shape).to(x.dtype), (0, short)).view(-1, group)
         spacing = self._spacing(y)
         # to nearest, halves to even, as a cast would
-        turned = torch.round(y / spacing) if uniform is None else torch.floor(y / spacing + noise)
-        on = (turned * spacing).clamp(-self.largest, self.largest) * scale
-        return on.view(len(x), -1)[:, :length].reshape(x.shape)
+        turned = torch.round(y / spacing) if uniform is None else torch.floor(y / spacing + uniform)
+        return (turned * spacing).clamp(-self.largest, self.largest) * scale
+
+    def runs(self, rows: int, length: int) -> tuple[tuple[int, int], ...] | None:
+        """Numbers and lengths of the pieces with a scale each, of so many rows; None where they are not alike."""
+        group = min(self.group or length, length)
+        if not rows * length:
+            return ()
+        return None if length % group else ((rows * length // group, group),)
 
     def _spacing(self, y: Tensor) -> Tensor:
         """Distance of the grid's values around y."""

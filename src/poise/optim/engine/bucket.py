@@ -114,7 +114,8 @@ class Bucket:
     def _make(self, program: Program, like: Member) -> Tiled | Flat:
         here = program.blocked is None or like.tiled(program.blocked.prefix)
         seen_whole = any(isinstance(like.stores[key].codec, MatrixCodec) for key in program.keys)
-        if self.mode == "tiles" and (seen_whole or (program.ends and like.format.grid is not None)):
+        gridded = program.ends and like.format.grid is not None
+        if self.mode == "tiles" and (seen_whole or (gridded and not (program.blocked is None and like.rounds_in_tiles()))):
             return Flat(program, like, "chunks")  # what is stored has scales of rows and columns, which no tile knows
         if self.mode == "tiles" and here:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,10 +66,16 @@ class WeightFormat:
         return stored["x"].to(self.compute)
 
     def write(self, x: Tensor, bits: Tensor | None, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        """What to store for new weights `x`; `bits` are needed by stochastic rounding, the shape by a grid."""
+        """What to store for new weights `x`; `bits` are needed by stochastic rounding.
+
+        A grid also needs the shape, unless rows of `x` are the pieces that have a scale each.
+        """
         if self.grid is not None:
-            noise = None if bits is None or not self.grid.stochastic else rounding.unit(bits).view(shape)
-            return {"x": self.grid.rounded(x.view(shape), noise).view(x.shape).to(self.dtype)}
+            noise = None if bits is None or not self.grid.stochastic else rounding.unit(bits)
+            if not shape:
+                return {"x": self.grid.cells(x, noise).to(self.dtype)}
+            noise = None if noise is None else noise.view(shape)
+            return {"x": self.grid.rounded(x.view(shape), noise).reshape(x.shape).to(self.dtype)}
         if self.mode == "split":
             high, low = rounding.split(x)
             return {"x": high, LOW: low}
@@ -159,6 +166,16 @@ class Member:
         return shards.local(self.tensor).detach()
 
     @cached_property
+    def cells(self) -> Layout | None:
+        """The pieces of this rank's weights that have a scale each on the weights' grid; None where no tile could hold them."""
+        shape = self.rank_shape
+        if self.format.grid is None or not shape:
+            return None
+        row = math.prod(shape[1:])
+        runs = self.format.grid.runs(shape[0], row)
+        return None if runs is None else Layout(runs, False, False, False, True, row)
+
+    @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
         return shards.runs(self.tensor)
 
@@ -213,12 +230,19 @@ class Member:
         tiled = [key for b in self.bound if b.link.unit in ("element", "block") for key in b.state_keys()]
         stores = tuple((key, self.stores[key].slot.kind, self.stores[key].dtype, self.stores[key].codec) for key in tiled)
         blocks = tuple((prefix, found.ones, self.tiled(prefix)) for prefix, found in self.layouts.items())
-        return (self.format, self.device, stores, blocks, tuple(b.narrow for b in self.bound if b.blocks is not None))
+        gridded = self.rounds_in_tiles() if self.format.grid is not None else None
+        return (self.format, self.device, stores, blocks, gridded, tuple(b.narrow for b in self.bound if b.blocks is not None))
 
     def tiled(self, prefix: str) -> bool:
         """Whether a block link's stretch can be run over this parameter where it is, tile by tile."""
-        codecs = {store.codec.block for store in self.stores.values() if store.codec is not None}
-        return self.layouts[prefix].suits(sorted(codecs - {1}))
+        return self.layouts[prefix].suits(self._codec_blocks())
+
+    def rounds_in_tiles(self) -> bool:
+        """Whether weights can be brought onto their grid tile by tile."""
+        return self.cells is not None and self.cells.suits(self._codec_blocks())
+
+    def _codec_blocks(self) -> list[int]:
+        return sorted({store.codec.block for store in self.stores.values() if store.codec is not None} - {1})
 
 
 def grid_of(weights: Weights | Grid) -> Grid | None:

@@ -18,6 +18,7 @@ from poise.memory.codec import Codec
 from poise.memory.rounding import noise_bits
 
 from . import inductor, kernels, tiles
+from .blocks import Layout
 from .members import LOW, SALT_WEIGHTS, Member, WeightFormat, noise_keys, state_draw
 from .program import Program
 from .tiles import Operand
@@ -35,7 +36,8 @@ class Tiled:
         self.blocked = {key: c for key, store in self.stores.items() if (c := store.codec) is not None and c.block > 1}
         self.inline = {key: c for key, store in self.stores.items() if (c := store.codec) is not None and c.block == 1}
         self.written = program.results()
-        layout = like.layouts[program.blocked.prefix] if program.blocked is not None else None
+        self.on_grid = program.ends and not program.measures and like.format.grid is not None
+        layout = self._layout(like)
         # tensors as the rule sees them; where each block is one element, tiles are cut as for any element
         self.blocks = layout is not None and not layout.ones
         self.shape = (None,) if layout is None else (None, 1) if layout.ones else (None, inductor.LENGTH)
@@ -47,6 +49,12 @@ class Tiled:
         tiles.start()
         self._plan()
         self.steps = [tiles.Step(kernel.result(), operands, block) for kernel, operands, block in self.pending]
+
+    def _layout(self, member: Member) -> Layout | None:
+        """The blocks that a tile must hold whole: those that the rule sees, or that have a scale each on the weights' grid."""
+        if self.program.blocked is not None:
+            return member.layouts[self.program.blocked.prefix]
+        return member.cells if self.on_grid else None
 
     # -- planning -----------------------------------------------------------------------------------------------------
 
@@ -209,8 +217,7 @@ class Tiled:
             lengths = [m.local.numel() for m in members]
             rows = [self._row(m) if encoded else n for m, n in zip(members, lengths, strict=True)]
             partial = 8 * len(self.sums)
-            prefix = self.program.blocked.prefix if self.blocks and self.program.blocked is not None else None
-            blocks = None if prefix is None else [m.layouts[prefix].runs for m in members]
+            blocks = [layout.runs for m in members if (layout := self._layout(m)) is not None] if self.blocks else None
             launch = tiles.Launch(
                 self.steps, len(self.columns), lengths, rows, [m.runs for m in members], len(self.scratch), partial, blocks
             )

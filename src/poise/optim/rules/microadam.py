@@ -91,12 +91,16 @@ class micro_adam(Transform):
     def direction(self, places: Tensor, values: Tensor, d: int, dtype: torch.dtype, k: Context) -> Tensor:
         """Adam's, of the gradients in the window."""
         m, v = torch.zeros(2, d, dtype=dtype, device=values.device)
-        for row in range(min(k.step, self.window)):
-            age = (k.step - 1 - row) % self.window
-            where, g = self.top.where(places[row], d), values[row].to(dtype)
-            m.index_add_(0, where, g, alpha=k.b1**age)
-            v.index_add_(0, where, g.square(), alpha=k.b2**age)
-        return k.scale1 * m / ((k.scale2 * v).sqrt() + k.eps)
+        filled = min(k.step, self.window)
+        where = self.top.where(places[:filled], d)
+        for row in range(filled):
+            age, g = (k.step - 1 - row) % self.window, values[row].to(dtype)
+            m.index_add_(0, where[row], g, alpha=k.b1**age)
+            v.index_add_(0, where[row], g.square(), alpha=k.b2**age)
+        # only what a row holds is not zero; one that several hold is written as often, with the same number
+        there = where.reshape(-1)
+        moved = k.scale1 * m[there] / ((k.scale2 * v[there]).sqrt() + k.eps)
+        return m.zero_().index_put_((there,), moved)
 
     def fed_back(self, state: State, u: Tensor) -> Tensor:
         """The error as it is kept, in the shape of the update."""
