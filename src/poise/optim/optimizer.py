@@ -15,9 +15,9 @@ from poise.memory import codec as codecs
 
 from . import resume
 from .engine import storage
+from .engine.calls import initial
 from .engine.engine import Engine, chain_of
 from .engine.layers import Layer, join
-from .engine.links import initial
 from .engine.members import LOW, Member
 from .given import by_tensor
 from .options import Options, check_options, check_rate, complete, rms_scale

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .engine import shards, storage
-from .engine.links import initial
+from .engine.calls import initial
 from .engine.members import LOW
 
 if TYPE_CHECKING:

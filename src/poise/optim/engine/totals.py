@@ -11,7 +11,8 @@ from torch import Tensor
 from ..transform import Context, Transform
 from . import shards
 from .bucket import Bucket, Pass
-from .links import Bound, StateView
+from .calls import StateView
+from .links import Bound
 from .measured import Columns
 from .members import Member
 
