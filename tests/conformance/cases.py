@@ -184,7 +184,7 @@ def grads_like(params: list[Any], steps: int, seed: int = 1) -> Grads:
 
 def kept_for(optimizer: Any, p: Any) -> dict[str, Tensor]:
     """State of one parameter, copied, without what a link shares over all of them, which is kept with the first."""
-    shared = {key for member in optimizer._members() for key in member.shared}
+    shared = {key for member in optimizer._current().members for key in member.shared}
     return {key: value.clone() for key, value in optimizer.state[p].items() if key not in shared}
 
 

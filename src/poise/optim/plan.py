@@ -41,11 +41,11 @@ class Plan:
     def of(
         cls,
         members: Sequence[Member],
-        reasons: Sequence[str],
+        why: Mapping[str, str],
         preview: Callable[..., dict[str, Tensor]],
         grads: Mapping[Any, Tensor] | Sequence[Tensor] | None,
     ) -> Plan:
-        """Describe `members`, previewing their updates on `grads`."""
+        """Describe `members`, previewing their updates on `grads`; `why` says by name what its rule took each for."""
         what = "the given gradients"
         if grads is None and any(m.tensor.grad is not None for m in members):
             what = "the current gradients"
@@ -55,7 +55,7 @@ class Plan:
             grads = {m.tensor: _normal(m.tensor, generator) for m in members}
         updates = preview(grads)
         lines = []
-        for m, why in zip(members, reasons, strict=True):
+        for m in members:
             formats = [
                 store.codec.name if store.codec else str(store.dtype).removeprefix("torch.") for store in m.stores.values()
             ]
@@ -63,7 +63,7 @@ class Plan:
             rms = float(u.double().square().mean().sqrt()) if u is not None and u.numel() else 0.0
             held = sum(storage.nbytes(value) for key, value in m.state.items() if key != "step")
             lines.append(
-                Line(m.spec.name, tuple(m.spec.shape), m.spec.role, m.group["rule"], why, float(m.group["lr"]),
+                Line(m.spec.name, tuple(m.spec.shape), m.spec.role, m.group["rule"], why[m.spec.name], float(m.group["lr"]),
                      "+".join(formats) or "none", held, rms)
             )  # fmt: skip
         return cls(tuple(lines), what)

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 State = Mapping[Tensor, dict[str, Tensor]]  # what is kept, by parameter; one whose state was dropped is not in it
 
 
+def written_out(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict in which state at rest, which takes no memory, has some: what loads it may copy into it."""
+    if not any(isinstance(v, Tensor) and storage.rests(v) for slots in saved["state"].values() for v in slots.values()):
+        return saved
+    whole = {
+        index: {key: storage.dense(v) if isinstance(v, Tensor) else v for key, v in slots.items()}
+        for index, slots in saved["state"].items()
+    }
+    return {**saved, "state": whole}
+
+
 def load(groups: Sequence[dict[str, Any]], state: State, saved: Mapping[str, Any]) -> None:
     """Copy `saved` into `groups` and `state`.
 
@@ -92,31 +103,6 @@ def _matched(
 
 def _plain(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def fit(m: Member) -> None:
-    """Bring a parameter's state to where and how the parameter now is: its device, and, for plain slots, its computing dtype.
-
-    Raises:
-        ValueError: if the parameter has changed its shape.
-    """
-    wanted = m.create()
-    for key, like in wanted.items():
-        if key not in m.state:
-            m.state[key] = like
-            continue
-        value = m.state[key]
-        if tuple(value.shape) != tuple(like.shape):
-            raise ValueError(
-                f"parameter {m.spec.name!r}: its state {key!r} has shape {tuple(value.shape)} and should now have "
-                f"{tuple(like.shape)}; a parameter that changes its shape needs a new optimizer"
-            )
-        if storage.rests(value) and storage.rests(like):
-            m.state[key] = like
-        elif value.dtype != like.dtype or shards.local(value).device != shards.local(like).device:
-            m.state[key] = value.to(device=shards.local(like).device, dtype=like.dtype)
-    for key in [key for key in m.state if key not in wanted and key not in m.shared]:
-        del m.state[key]
 
 
 def take(groups: Sequence[Mapping[str, Any]], kept: State, state: bool, params: bool) -> dict[str, Any]:
