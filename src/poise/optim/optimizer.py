@@ -14,7 +14,7 @@ from .engine import storage
 from .engine.engine import Engine
 from .engine.members import Member
 from .given import by_tensor, fed, ones_for, standing
-from .options import Options, check_options, check_rate
+from .options import Options, check_options
 from .plan import Plan
 from .roster import Roster
 from .routing import Params, Route
@@ -36,7 +36,8 @@ class Optimizer(torch.optim.Optimizer):
             "after" (the moved weights decay), or "l2" (added to the gradient, as PyTorch's SGD).
         state: how state is kept: "fp32", "bf16", "int8", "int4", a codec, or one for each role, as in
             `{"embedding": "fp32", "*": "int8"}`.
-            Slots under 4096 elements stay in full precision.
+            Slots under 4096 elements stay in full precision. A frozen parameter has no state until it is unfrozen, and then
+            begins as if it were new.
         weights: how bfloat16 weights are written: "auto" and "stochastic" round stochastically (on average the weight moves by
             the update, however small), "split" keeps the lower 16 bits as 2 more bytes of state (exact), "nearest" rounds to
             nearest, which loses updates below 1/512 of the weight. "int8", "int4", "fp8" or a `poise.memory.grid.Grid` keep
@@ -62,8 +63,6 @@ class Optimizer(torch.optim.Optimizer):
         **options: Unpack[Options],
     ) -> None:
         check_options(options, type(self).__name__)
-        check_rate("lr", lr)
-        check_rate("weight_decay", weight_decay)
         self._engine: Engine | None = None
         self._feeds: dict[str, dict[int, Tensor]] = {}
         self._kept: frozenset[str] | None = None  # names of the parameters that have state and are stepped; None: all
@@ -121,13 +120,13 @@ class Optimizer(torch.optim.Optimizer):
         self._create()
 
     def _create(self) -> None:
-        """Give state to every parameter that has none, and make the engine."""
+        """Give state to every parameter that needs some and has none, and make the engine."""
         members = self._roster.members(self.param_groups, self._kept)
         allocation.give(members, self.state)
         self._engine = Engine(members, self._roster.options.get("backend", "auto"))
 
     def _current(self) -> Engine:
-        """The engine, made anew if parameters have changed their dtype or device since."""
+        """The engine, made anew if parameters have changed their dtype or device since, or were unfrozen."""
         if self._engine is None or self._engine.stale():
             self._create()
         assert self._engine is not None
@@ -145,7 +144,7 @@ class Optimizer(torch.optim.Optimizer):
         feeds, self._feeds = self._feeds, {}
         known = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
         engine = self._current()
-        kind = engine.members[0].device.type
+        kind = engine.everyone[0].device.type
         lowered = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with lowered:  # the precision of an update is the rule's business
             engine.step(feeds, known if isinstance(known, Tensor) else None)
@@ -157,7 +156,7 @@ class Optimizer(torch.optim.Optimizer):
         One step uses them up. Each is a mapping from parameter, or parameter name, to a tensor of its shape, or a list in the
         order of the groups.
         """
-        self._feeds |= fed(self._current().members, tensors)
+        self._feeds |= fed(self._current().everyone, tensors)
 
     @torch.no_grad()
     def preview(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> dict[str, Tensor]:
@@ -166,13 +165,13 @@ class Optimizer(torch.optim.Optimizer):
         Changes nothing. Returns name -> tensor in the computing dtype (this rank's piece of sharded parameters), without the
         parameters that have no gradient. A rule that needs the loss is given 1.
         """
-        engine = self._current()
-        given = None if grads is None else by_tensor(engine.members, grads, "preview(grads)")
+        members = self._current().everyone
+        given = None if grads is None else by_tensor(members, grads, "preview(grads)")
         before = self.snapshot(params=False)
         captured: dict[Member, Tensor] = {}
         try:
-            with standing(engine.members, given):
-                engine.step(self._feeds, None, captured)
+            with standing(members, given):
+                self._current().step(self._feeds, None, captured)
         finally:
             self.restore(before)
         return {m.spec.name: u for m, u in captured.items()}
@@ -188,7 +187,9 @@ class Optimizer(torch.optim.Optimizer):
         """Put back what `snapshot` copied, bit for bit."""
         if "kept" in snapshot:
             self._keep(snapshot["kept"])
-        self._current()
+        engine, having = self._current(), resume.having(self.param_groups, snapshot)
+        if having is not None and allocation.match(engine.everyone, self.state, having):
+            self._create()
         resume.put_back(self.param_groups, self.state, snapshot)
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class Optimizer(torch.optim.Optimizer):
 
         The lower halves of split weights are weights. A slot that begins as the weights begins as they are now.
         """
-        resume.begin(self._current().members, self.param_groups)
+        resume.begin(self._current().everyone, self.param_groups)
 
     def plan(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> Plan:
         """Which parameter gets which rule and why, how its state is kept, and the RMS of its update at the current `lr`.
@@ -206,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
         normal ones; a tensor that must be fed and was not counts as ones, as does a loss that a rule needs. Nothing is changed.
         `print(opt.plan())` shows a table.
         """
-        members, held = self._current().members, self._feeds
+        members, held = self._current().everyone, self._feeds
         self._feeds = ones_for(members) | held
         try:
             return Plan.of(members, self._roster.why(), self.preview, grads)
@@ -228,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of an optimizer with the same rules, formats and parameters, bit for bit.
 
-        Every slot is restored in its own dtype, into the tensors that are there.
+        Every slot is restored in its own dtype, where it is. A frozen parameter has state afterwards if it had some when saved.
 
         Raises:
             ValueError: naming the group, parameter, slot, shape or dtype that differs; nothing is changed then.
@@ -236,8 +237,8 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        self._current()
-        resume.load(self.param_groups, self.state, state_dict)
+        if resume.load(self._current().everyone, self.param_groups, self.state, state_dict):
+            self._create()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

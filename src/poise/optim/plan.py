@@ -52,7 +52,7 @@ class Plan:
         elif grads is None:
             what = "standard normal gradients"
             generator = torch.Generator().manual_seed(0)
-            grads = {m.tensor: _normal(m.tensor, generator) for m in members}
+            grads = {m.tensor: _normal(m.tensor, generator) for m in members if m.awake}
         updates = preview(grads)
         lines = []
         for m in members:
@@ -64,7 +64,7 @@ class Plan:
             held = sum(storage.nbytes(value) for key, value in m.state.items() if key != "step")
             lines.append(
                 Line(m.spec.name, tuple(m.spec.shape), m.spec.role, m.group["rule"], why[m.spec.name], float(m.group["lr"]),
-                     "+".join(formats) or "none", held, rms)
+                     ("+".join(formats) or "none") if m.awake else "none (frozen)", held, rms)
             )  # fmt: skip
         return cls(tuple(lines), what)
 

@@ -42,6 +42,8 @@ class Roster:
     @classmethod
     def of(cls, rule: Transform | Sequence[Route], base: Mapping[str, Any], decay: Decay, options: Options) -> Roster:
         """The roster of `rule`, with no parameters yet."""
+        for setting, value in base.items():
+            check_rate(setting, value)
         routes = [Route(_name(rule), rule, everything)] if isinstance(rule, Transform) else list(rule)
         if not routes:
             raise ValueError("rule: at least one route is needed")
