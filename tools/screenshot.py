@@ -6,19 +6,12 @@ the whole page, and is the default.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from browser import window
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTH = 1200
-
-
-def chromium() -> str | None:
-    """The machine's own Chromium; None if there is none on the path."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 def shoot(report: Path, out: Path, width: int = WIDTH, height: int = 0, *, light: bool = False) -> None:
@@ -27,11 +20,8 @@ def shoot(report: Path, out: Path, width: int = WIDTH, height: int = 0, *, light
     Raises:
         ValueError: if there is no Chromium.
     """
-    if (browser := chromium()) is None:
-        raise ValueError(f"no Chromium on the path (looked for {', '.join(NAMES)})")
-    with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = window.new_page(
+    with window() as browser:
+        page = browser.new_page(
             viewport={"width": width, "height": height or 900},
             device_scale_factor=2,
             color_scheme="light" if light else "dark",
@@ -39,7 +29,6 @@ def shoot(report: Path, out: Path, width: int = WIDTH, height: int = 0, *, light
         page.goto(report.resolve().as_uri())
         page.wait_for_function("[...document.querySelectorAll('.js-chart')].every(box => box.querySelector('.main-svg'))")
         page.screenshot(path=out, full_page=height == 0)
-        window.close()
 
 
 if __name__ == "__main__":

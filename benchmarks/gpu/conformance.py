@@ -81,7 +81,7 @@ def float32_products() -> Iterator[None]:
 def multiplies(entry: Method) -> bool:
     """Whether a rule of the entry sees matrices."""
     opt: Any = build(entry, leaves([torch.zeros(2, 2)]), backend="eager")
-    return any(link.unit != "element" for rule in opt._rules.values() for link in rule)
+    return any(link.unit != "element" for rule in opt._roster.rules.values() for link in rule)
 
 
 def problem(dtype: str, device: str, steps: int = len(RATES)) -> tuple[list[Tensor], Grads]:

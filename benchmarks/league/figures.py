@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 
 from poise.compare.results import Results
 
 from .judging import between, seconds_speedup
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+from browser import window
+
 INK, RULE, BELOW, ABOVE = "#7d8794", "#7d879440", "#17a57c", "#d5561c"  # legible on both
 BOUNDS = {"exact": "circle", "at least": "triangle-right", "at most": "triangle-left"}
 WIDTH, ROW, AROUND = 760, 22, 110
@@ -97,19 +99,14 @@ def draw(figures: Mapping[str, Figure]) -> dict[str, str]:
     """Each figure as the text of an SVG file.
 
     Raises:
-        RuntimeError: if there is no Chromium on the path.
+        ValueError: if there is no Chromium on the path.
     """
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser is None:
-        raise RuntimeError(f"figures are drawn in a Chromium, and none of {', '.join(BROWSERS)} is on the path")
     drawn = {}
-    with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = window.new_page()
+    with window() as browser:
+        page = browser.new_page()
         page.set_content("<div id=figure></div>")
         page.add_script_tag(content=get_plotlyjs())
         for name, one in figures.items():
             address = page.evaluate(DRAW, one)
             drawn[name] = unquote(address.partition(",")[2]) + "\n"
-        window.close()
     return drawn

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from compare.toys import without_seconds
 
 from poise import catalog
+from poise.catalog import log_uniform, uniform
 from poise.compare import workers
 from poise.compare.entries import Entry, parse
 from poise.compare.results import Results
@@ -35,6 +37,19 @@ def test_a_comparison_leaves_a_page_that_needs_nothing_else(poise: Callable) -> 
     poise(*RUN)
     page = Path("runs/compare/toy/report.html").read_text()
     assert Results.read(Path("runs/compare/toy/results.json")).verdict.sentence in page
+
+
+def test_settings_may_be_swept_one_after_another(poise: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default both are drawn anew in every trial; here a sweep changes one, and leaves the other at the best so far."""
+    both = replace(catalog.get("toy-sgd"), name="toy-heavy", tune={"lr": log_uniform(1e-3, 0.5), "momentum": uniform(0.0, 0.9)})
+    monkeypatch.setitem(catalog._methods, "toy-heavy", both)
+    ended = poise("compare", "toy.py", "--methods", "toy-heavy", "--sampler", "coordinate", "--trials", "7", *SHORT[2:])
+    results = Results.read(Path("runs/compare/toy/results.json"))
+    assert ended.code == 0 and results.settings.sampler == "coordinate"
+    first, *swept = (run.hyper for run in results.methods[0].trials)
+    assert len(swept) == 6
+    assert {run["momentum"] for run in swept[:3]} == {first["momentum"]} and len({run["lr"] for run in swept[:3]}) == 3
+    assert len({run["lr"] for run in swept[3:]}) == 1 and len({run["momentum"] for run in swept[3:]}) == 3
 
 
 def test_another_comparison_is_set_beside_this_one(poise: Callable) -> None:
@@ -91,6 +106,8 @@ def test_no_bar_is_drawn_where_there_is_no_terminal(poise: Callable, more: list[
         (["toy.py", "--methods", "toy-sgd", "--device", "gpu"], "--device gpu"),
         (["toy.py", "--methods", "toy-sgd(colour=red)"], "cannot be built with {'colour': 'red'}"),
         (["toy.py", "--methods", "toy-sgd", "--against", "nothing.json"], "nothing.json: no such file"),
+        (["toy.py", "--methods", "toy-sgd", "--sampler", "sweep"], "--sampler 'sweep': expected joint or coordinate"),
+        (["toy.py", "--methods", "toy-sgd", "--sampler", "coordinate", "--trials", "3"], "needs at least 4 to sweep each of 1"),
     ],
 )
 def test_bad_input_is_named_and_ends_with_two(poise: Callable, arguments: list[str], message: str) -> None:
@@ -194,11 +211,3 @@ def test_the_methods_of_the_catalog_are_compared_on_the_embedded_task(poise: Cal
     assert found["again"].to_reference is not None and found["again"].to_reference.model_dump() == dict(mean=0, low=0, high=0)
     assert found["adamw"].finals[0].state_bytes >= 2 * found["lion"].finals[0].state_bytes > 0
     assert all(run.loss is not None and run.loss < 6.0 for method in found.values() for run in method.finals)
-
-
-def test_hyper_parameters_can_be_swept_one_after_another(poise: Callable) -> None:
-    assert poise(*RUN, "--sampler", "random").code == 2
-    refused = poise(*RUN, "--sampler", "coordinate")
-    assert refused.code == 2 and "trials=2" in refused.err
-    assert poise(*RUN, "--sampler", "coordinate", "--trials", "4").code == 0
-    assert Results.read(Path("runs/compare/toy/results.json")).settings.sampler == "coordinate"

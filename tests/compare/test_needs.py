@@ -67,7 +67,7 @@ def test_a_state_format_is_counted_as_it_is_stored(state: str, per_parameter: fl
     assert (first.state - biases) / first.parameters == pytest.approx(per_parameter, rel=0.01)
 
 
-def test_frozen_weights_have_no_gradients() -> None:
+def test_frozen_weights_have_neither_gradients_nor_state() -> None:
     class Frozen(Toy):
         def model(self) -> nn.Module:
             model = super().model()
@@ -75,7 +75,7 @@ def test_frozen_weights_have_no_gradients() -> None:
             return model
 
     first = next(p for p in counted(Frozen()).parts if p.name == "0")
-    assert first.weights and not first.gradients
+    assert first.weights and not first.gradients and not first.state
 
 
 def test_what_a_driver_keeps_beside_its_optimizer_counts_too() -> None:

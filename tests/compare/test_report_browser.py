@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
-from screenshot import NAMES, chromium, shoot
+from browser import NAMES, chromium, window
+from playwright.sync_api import Browser, Page
+from screenshot import shoot
 
 from poise.compare import report
 from poise.compare.report.looks import HUES, LONGEST, looks
@@ -45,12 +46,10 @@ POINT = """([chart, name]) => {
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """The machine's own Chromium."""
-    if (path := chromium()) is None:
+    if chromium() is None:
         pytest.fail(MISSING)
-    with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield window
-        window.close()
+    with window() as found:
+        yield found
 
 
 class Opened(NamedTuple):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from poise.catalog import Method, methods
+from poise.memory.codec import CODECS
 from poise.optim import Optimizer, chain
 
 from .problems import Grads, distance, draw, leaves, play
@@ -120,7 +121,7 @@ def standing_in(entry: Method, target: Callable[..., Any]) -> Iterator[None]:
 
 
 def mutated(entry: Method) -> Callable[..., Any]:
-    """The entry's class or function, from its source with its `mutant` applied; the catalog does not hear of it."""
+    """The entry's class or function, from its source with its `mutant` applied; no registry hears of it."""
     assert entry.mutant is not None, (
         f"{entry.name} names no mutant: @method(..., mutant=(a piece of its source, what to put there))"
     )
@@ -131,10 +132,13 @@ def mutated(entry: Method) -> Callable[..., Any]:
     copy = ModuleType(f"{original.__name__}_mutant")
     copy.__package__ = original.__package__
     sys.modules[copy.__name__] = copy
+    formats = dict(CODECS)  # where a codec's module enters it
     try:
         exec(compile(source.replace(old, new), f"<mutant of {entry.name}>", "exec"), copy.__dict__)
     finally:
         del sys.modules[copy.__name__]
+        CODECS.clear()
+        CODECS.update(formats)
     return getattr(copy, entry.target.__name__)
 
 
@@ -184,7 +188,7 @@ def grads_like(params: list[Any], steps: int, seed: int = 1) -> Grads:
 
 def kept_for(optimizer: Any, p: Any) -> dict[str, Tensor]:
     """State of one parameter, copied, without what a link shares over all of them, which is kept with the first."""
-    shared = {key for member in optimizer._members() for key in member.shared}
+    shared = {key for member in optimizer._current().members for key in member.shared}
     return {key: value.clone() for key, value in optimizer.state[p].items() if key not in shared}
 
 

@@ -47,7 +47,7 @@ def mesh() -> DeviceMesh:
 
 def outcome(opt: torch.optim.Optimizer, found: Any, alone: Any, start: list[Tensor]) -> dict[str, Any]:
     """Final weights, and whether every element is computed from itself alone, so that no sum can be added in another order."""
-    rules = opt._rules.values()  # pyright: ignore[reportAttributeAccessIssue]
+    rules = opt._roster.rules.values()  # pyright: ignore[reportAttributeAccessIssue]
     exact = all(link.unit == "element" and type(link).measure is Transform.measure for rule in rules for link in rule)
     return {"found": whole(found), "alone": whole(alone), "start": start, "exact": exact}
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance.cases import mutated
 from torch import Tensor
 
+from poise import catalog
 from poise.memory import Dynamic4, Dynamic8
-from poise.memory.codec import Kind
+from poise.memory.codec import Codec, Kind
+
+KINDS: tuple[Kind, ...] = ("signed", "nonneg")
 
 
 def table8(signed: bool) -> Tensor:
@@ -51,18 +55,42 @@ def test_facts_of_the_map_of_second_moments() -> None:
     assert per_decade(values[1:255]) == [2, 4, 8, 16, 32, 64, 128]
 
 
+def table4(signed: bool) -> Tensor:
+    """The two published maps of 16 values."""
+    if not signed:
+        return torch.arange(1, 17, dtype=torch.float64) / 16
+    above = torch.tensor([0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875], dtype=torch.float64)
+    return torch.cat([-above, torch.tensor([0.0, 1.0]).double(), above]).sort().values
+
+
+def off(codec: Codec, kind: Kind, table: Tensor) -> float:
+    """Largest distance to the nearer value of the map, relative, just below and just above every border between two."""
+    border = (table[1:] + table[:-1]) / 2
+    step = (table[1:] - table[:-1]) * 1e-3
+    found, wanted = [], []
+    for side, expected in ((-1, table[:-1]), (1, table[1:])):
+        x = torch.cat([border + side * step, torch.ones(codec.block - len(border)).double()])[None].float()
+        found.append(codec.decode(codec.encode(x, kind), kind)[0, : len(border)].double())
+        # zero is for zeros
+        wanted.append(expected.clamp(min=table[table > 0].min().item()) if kind == "nonneg" else expected)
+    gap = torch.cat(found) - torch.cat(wanted)
+    return float((gap / torch.cat(wanted).abs().clamp(min=1e-30)).abs().max())
+
+
 def test_at_every_border_between_two_codes_the_nearer_one_is_chosen() -> None:
-    kinds: list[Kind] = ["signed", "nonneg"]
-    for kind in kinds:
-        table = table8(kind == "signed")
-        border = (table[1:] + table[:-1]) / 2
-        step = (table[1:] - table[:-1]) * 1e-3
-        for side, expected in ((-1, table[:-1]), (1, table[1:])):
-            x = torch.cat([border + side * step, torch.ones(1, dtype=torch.float64)])[None].float()
-            codec = Dynamic8()
-            decoded = codec.decode(codec.encode(x, kind), kind)[0, :-1].double()
-            wanted = expected.clamp(min=table[1].item()) if kind == "nonneg" else expected  # zero is for zeros
-            torch.testing.assert_close(decoded, wanted, rtol=1e-6, atol=0.0)
+    for kind in KINDS:
+        assert off(Dynamic8(), kind, table8(kind == "signed")) < 1e-6
+        assert off(Dynamic4(), kind, table4(kind == "signed")) < 1e-5
+
+
+def test_the_borders_tell_the_8_bit_format_from_its_mutant() -> None:
+    wrong = mutated(catalog.get("int8-dynamic"))
+    assert max(off(wrong(), kind, table8(kind == "signed")) for kind in KINDS) > 0.01
+
+
+def test_the_borders_tell_the_4_bit_format_from_its_mutant() -> None:
+    wrong = mutated(catalog.get("int4-dynamic"))
+    assert max(off(wrong(), kind, table4(kind == "signed")) for kind in KINDS) > 0.01
 
 
 def test_a_negative_extreme_shrinks_for_there_is_no_minus_one() -> None:
@@ -72,12 +100,10 @@ def test_a_negative_extreme_shrinks_for_there_is_no_minus_one() -> None:
 
 
 def test_the_four_bit_maps_are_the_published_ones() -> None:
-    signed = [-0.8875, -0.6625, -0.4375, -0.2125, -0.0775, -0.0325, -0.0055]
-    signed += [0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0]
     codec, codes = Dynamic4(block=16), torch.arange(16).to(torch.uint8)
     stored = {"codes": (codes[:8] | (codes[8:] << 4))[None], "scale": torch.ones(1, 1)}
-    torch.testing.assert_close(codec.decode(stored, "signed")[0], torch.tensor(signed), rtol=0.0, atol=1e-6)
-    assert codec.decode(stored, "nonneg")[0].tolist() == [k / 16 for k in range(1, 17)]
+    torch.testing.assert_close(codec.decode(stored, "signed")[0].double(), table4(True), rtol=0.0, atol=1e-6)
+    assert torch.equal(codec.decode(stored, "nonneg")[0].double(), table4(False))
 
 
 def test_four_bit_second_moments_are_never_below_a_sixteenth_of_the_scale() -> None:

@@ -418,7 +418,7 @@ def test_state_at_rest_is_at_its_beginning_and_takes_no_memory(state: str) -> No
     assert sizes[2] == sizes[3] == sizes[6] == sizes[7] == always
     assert max(sizes[0], sizes[1], sizes[4], sizes[5]) <= 8
     (key,) = {key.partition(".codes")[0].partition(".scale")[0] for key in opt.state[p] if key != "step"}
-    m = opt._members()[0]
+    m = opt._current().members[0]
     m.state = opt.state[p]
     gradient = grads[6][0], grads[7][0]
     assert gradient[0] is not None and gradient[1] is not None
@@ -463,7 +463,7 @@ def test_state_of_a_part_follows_the_parameters_dimensions_that_the_part_has() -
             return {"window": Slot((5, *p.shape), dims=(None, 0, 1))}
 
     opt = optimizer(zeros((6, 3)), chain(lower(window(heavy()))), lr=1.0)
-    (m,) = opt._members()
+    (m,) = opt._current().members
     assert {key.rpartition(".")[2]: dims for key, dims in m.dims.items()} == {"window": (None, None, 0), "buffer": (None, 0)}
 
 

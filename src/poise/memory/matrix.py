@@ -58,7 +58,7 @@ class MatrixCodec(Codec):
     family="memory",
     kind="codec",
     paper=PAPER,
-    mutant=("torch.minimum(scale, along)", "torch.maximum(scale, along)"),
+    mutant=("torch.minimum(scale.to(found.device), along)", "along"),
 )
 @dataclass(frozen=True)
 class Rank1(MatrixCodec):

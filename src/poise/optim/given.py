@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .engine.members import Member
 
+Given = Mapping[Any, Tensor] | Sequence[Tensor]  # by parameter or name, or in order
 
-def by_tensor(members: Sequence[Member], given: Mapping[Any, Tensor] | Sequence[Tensor], what: str) -> dict[int, Tensor]:
+
+def by_tensor(members: Sequence[Member], given: Given, what: str) -> dict[int, Tensor]:
     """Tensors by parameter identity, from a mapping by parameter or name, or a list in order."""
     if not isinstance(given, Mapping):
         values = list(given)
@@ -30,3 +34,33 @@ def by_tensor(members: Sequence[Member], given: Mapping[Any, Tensor] | Sequence[
         if value is not None and tuple(value.shape) != tuple(m.spec.shape):
             raise ValueError(f"{what}: {m.spec.name!r} has shape {tuple(m.spec.shape)}, its tensor {tuple(value.shape)}")
     return found
+
+
+def fed(members: Sequence[Member], tensors: Mapping[str, Given]) -> dict[str, dict[int, Tensor]]:
+    """What `feed` was given, by name and parameter identity; ValueError for a name that no rule reads."""
+    wanted = {name for m in members for link in m.rule for name in (*link.feeds, *link.may_feed)}
+    for name in tensors:
+        if name not in wanted:
+            raise ValueError(f"feed({name}=...): no rule here reads {name!r}; wanted: {', '.join(sorted(wanted)) or 'nothing'}")
+    return {name: by_tensor(members, given, f"feed({name}=...)") for name, given in tensors.items()}
+
+
+def ones_for(members: Sequence[Member]) -> dict[str, dict[int, Tensor]]:
+    """Ones under every name that a rule must be fed."""
+    names = {name for m in members for link in m.rule for name in link.feeds}
+    return {name: {id(m.tensor): torch.ones(m.local.shape, device=m.device) for m in members} for name in names}
+
+
+@contextmanager
+def standing(members: Sequence[Member], given: Mapping[int, Tensor] | None) -> Iterator[None]:
+    """Within it, the gradients in `given` stand in the parameters, and no others; None: those that do."""
+    held = [m.tensor.grad for m in members]
+    try:
+        if given is not None:
+            for m in members:
+                grad = given.get(id(m.tensor))
+                m.tensor.grad = None if grad is None else grad.to(m.tensor.dtype)
+        yield
+    finally:
+        for m, grad in zip(members, held, strict=True):
+            m.tensor.grad = grad

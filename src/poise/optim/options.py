@@ -49,8 +49,11 @@ def rms_scale(rule: Chain, p: Param, name: str) -> float:
     return 0.2 / known[-1] if known[-1] > 0 else 1.0
 
 
-def check_options(options: Options) -> None:
-    """Values that cannot work, said before anything is built."""
+def check_options(options: Options, optimizer: str) -> None:
+    """Options that do not exist and values that cannot work, said before anything is built."""
+    unknown = set(options) - set(Options.__annotations__)
+    if unknown:
+        raise TypeError(f"{optimizer}: unknown option {min(unknown)!r}; known: {', '.join(Options.__annotations__)}")
     weights, scale, state = options.get("weights", "auto"), options.get("scale"), options.get("state", "fp32")
     if not isinstance(weights, Grid) and weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}: must be one of {', '.join(map(repr, get_args(Weights)))}, or a Grid")

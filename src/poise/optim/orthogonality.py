@@ -94,11 +94,11 @@ def _until(rule: Chain) -> tuple[Transform, ...]:
 def _updates(opt: Optimizer, members: list[Member], links: Mapping[int, tuple[Transform, ...]]) -> list[Tensor]:
     """What comes out of `links`, the beginning of each rule, as the matrices that `orthogonalize` sees."""
     chains = {key: Chain((*some, _same())) for key, some in links.items()}
-    weights, seed = opt._options.get("weights", "auto"), opt._options.get("seed", 0)
+    weights, seed = opt._roster.options.get("weights", "auto"), opt._roster.options.get("seed", 0)
     groups = {id(m.group): dict(m.group) for m in members}
     twins = []
     for m in members:
-        twin = Member(m.tensor, m.spec, groups[id(m.group)], chains[id(m.rule)], opt._codec(m.spec), weights, seed)
+        twin = Member(m.tensor, m.spec, groups[id(m.group)], chains[id(m.rule)], opt._roster.codec(m.spec), weights, seed)
         names = {"step", *twin.kept()}
         twin.state = {key: value.clone() for key, value in m.state.items() if key in names}
         twins.append(twin)

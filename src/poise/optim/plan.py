@@ -41,21 +41,21 @@ class Plan:
     def of(
         cls,
         members: Sequence[Member],
-        reasons: Sequence[str],
+        why: Mapping[str, str],
         preview: Callable[..., dict[str, Tensor]],
         grads: Mapping[Any, Tensor] | Sequence[Tensor] | None,
     ) -> Plan:
-        """Describe `members`, previewing their updates on `grads`."""
+        """Describe `members`, previewing their updates on `grads`; `why` says by name what its rule took each for."""
         what = "the given gradients"
         if grads is None and any(m.tensor.grad is not None for m in members):
             what = "the current gradients"
         elif grads is None:
             what = "standard normal gradients"
             generator = torch.Generator().manual_seed(0)
-            grads = {m.tensor: _normal(m.tensor, generator) for m in members}
+            grads = {m.tensor: _normal(m.tensor, generator) for m in members if m.awake}
         updates = preview(grads)
         lines = []
-        for m, why in zip(members, reasons, strict=True):
+        for m in members:
             formats = [
                 store.codec.name if store.codec else str(store.dtype).removeprefix("torch.") for store in m.stores.values()
             ]
@@ -63,8 +63,8 @@ class Plan:
             rms = float(u.double().square().mean().sqrt()) if u is not None and u.numel() else 0.0
             held = sum(storage.nbytes(value) for key, value in m.state.items() if key != "step")
             lines.append(
-                Line(m.spec.name, tuple(m.spec.shape), m.spec.role, m.group["rule"], why, float(m.group["lr"]),
-                     "+".join(formats) or "none", held, rms)
+                Line(m.spec.name, tuple(m.spec.shape), m.spec.role, m.group["rule"], why[m.spec.name], float(m.group["lr"]),
+                     ("+".join(formats) or "none") if m.awake else "none (frozen)", held, rms)
             )  # fmt: skip
         return cls(tuple(lines), what)
 

@@ -5,24 +5,36 @@ Everything is checked first, then copied into the tensors that are there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .allocation import put_to_sleep
 from .engine import shards, storage
-from .engine.links import initial
+from .engine.calls import initial
 from .engine.members import LOW
 
 if TYPE_CHECKING:
     from .engine.members import Member
 
-State = Mapping[Tensor, dict[str, Tensor]]  # what is kept, by parameter; one whose state was dropped is not in it
+State = MutableMapping[Tensor, dict[str, Tensor]]  # what is kept, by parameter; one whose state was dropped is not in it
 
 
-def load(groups: Sequence[dict[str, Any]], state: State, saved: Mapping[str, Any]) -> None:
-    """Copy `saved` into `groups` and `state`.
+def written_out(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict in which state at rest, which takes no memory, has some: what loads it may copy into it."""
+    if not any(isinstance(v, Tensor) and storage.rests(v) for slots in saved["state"].values() for v in slots.values()):
+        return saved
+    whole = {
+        index: {key: storage.dense(v) if isinstance(v, Tensor) else v for key, v in slots.items()}
+        for index, slots in saved["state"].items()
+    }
+    return {**saved, "state": whole}
+
+
+def load(members: Sequence[Member], groups: Sequence[dict[str, Any]], state: State, saved: Mapping[str, Any]) -> bool:
+    """Copy `saved` into `groups` and `state`; whether it gave state to a parameter that had none, or took it from a frozen one.
 
     Raises:
         ValueError: naming what differs, before anything is changed.
@@ -33,17 +45,30 @@ def load(groups: Sequence[dict[str, Any]], state: State, saved: Mapping[str, Any
     saved_groups = saved["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
+    by_tensor = {m.tensor: m for m in members}
     copies: list[tuple[dict[str, Tensor], str, Tensor]] = []
+    woken: dict[Tensor, dict[str, Tensor]] = {}
+    asleep: list[Member] = []
     for number, (group, old) in enumerate(zip(groups, saved_groups, strict=True)):
         _check_group(number, group, old)
         for tensor, name, index in zip(group["params"], group["param_names"], old["params"], strict=True):
-            if tensor in state or index in saved["state"]:
-                copies += _matched(name, state.get(tensor, {}), saved["state"].get(index))
+            mine, old = state.get(tensor, {}), saved["state"].get(index, {})
+            m = by_tensor.get(tensor)
+            if m is not None and "step" in old and not m.awake:
+                mine = woken[tensor] = mine | m.create()
+            elif m is not None and "step" not in old and m.awake and not m.wanted:
+                asleep.append(m)
+                mine = {key: value for key, value in mine.items() if key in m.shared}
+            copies += _matched(name, mine, old)
     with torch.no_grad():
         for mine, key, value in copies:
             storage.put(mine, key, value)
+    state.update(woken)
+    for m in asleep:
+        put_to_sleep(m, state)
     for group, old in zip(groups, saved_groups, strict=True):
         group.update({key: _plain(value) for key, value in old.items() if key not in ("params", "param_names")})
+    return bool(woken or asleep)
 
 
 def _check_group(number: int, group: Mapping[str, Any], old: Mapping[str, Any]) -> None:
@@ -64,11 +89,12 @@ def _check_group(number: int, group: Mapping[str, Any], old: Mapping[str, Any]) 
         raise ValueError(f"group {number}: the state_dict has parameter {wrong[0]!r} where this optimizer has {wrong[1]!r}")
 
 
-def _matched(
-    name: str, mine: dict[str, Tensor], old: Mapping[str, Tensor] | None
-) -> list[tuple[dict[str, Tensor], str, Tensor]]:
-    if old is None:
-        raise ValueError(f"parameter {name!r}: the state_dict has no state for it")
+def _matched(name: str, mine: dict[str, Tensor], old: Mapping[str, Tensor]) -> list[tuple[dict[str, Tensor], str, Tensor]]:
+    if mine and not old:
+        raise ValueError(
+            f"parameter {name!r}: the state_dict has no state for it; if it was frozen when that was saved, load while it is "
+            "frozen here too, and unfreeze it then"
+        )
     lacking, strange = [k for k in mine if k not in old], [k for k in old if k not in mine]
     if lacking or strange:
         raise ValueError(
@@ -94,31 +120,6 @@ def _plain(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def fit(m: Member) -> None:
-    """Bring a parameter's state to where and how the parameter now is: its device, and, for plain slots, its computing dtype.
-
-    Raises:
-        ValueError: if the parameter has changed its shape.
-    """
-    wanted = m.create()
-    for key, like in wanted.items():
-        if key not in m.state:
-            m.state[key] = like
-            continue
-        value = m.state[key]
-        if tuple(value.shape) != tuple(like.shape):
-            raise ValueError(
-                f"parameter {m.spec.name!r}: its state {key!r} has shape {tuple(value.shape)} and should now have "
-                f"{tuple(like.shape)}; a parameter that changes its shape needs a new optimizer"
-            )
-        if storage.rests(value) and storage.rests(like):
-            m.state[key] = like
-        elif value.dtype != like.dtype or shards.local(value).device != shards.local(like).device:
-            m.state[key] = value.to(device=shards.local(like).device, dtype=like.dtype)
-    for key in [key for key in m.state if key not in wanted and key not in m.shared]:
-        del m.state[key]
-
-
 def take(groups: Sequence[Mapping[str, Any]], kept: State, state: bool, params: bool) -> dict[str, Any]:
     """A copy of weights and of everything that is kept."""
     tensors = [p for group in groups for p in group["params"]]
@@ -130,12 +131,17 @@ def take(groups: Sequence[Mapping[str, Any]], kept: State, state: bool, params: 
     return taken
 
 
+def having(groups: Sequence[Mapping[str, Any]], taken: Mapping[str, Any]) -> set[Tensor] | None:
+    """Parameters that had state when `take` copied it; None if it copied none."""
+    if taken["state"] is None:
+        return None
+    tensors = _tensors(groups, taken["state"])
+    return {p for p, state in zip(tensors, taken["state"], strict=True) if "step" in state}
+
+
 def put_back(groups: Sequence[dict[str, Any]], kept: State, taken: Mapping[str, Any]) -> None:
-    """What `take` copied, bit for bit."""
-    tensors = [p for group in groups for p in group["params"]]
-    known = taken["params"] if taken["params"] is not None else taken["state"]
-    if known is not None and len(known) != len(tensors):
-        raise ValueError(f"restore: the snapshot is of {len(known)} parameters, this optimizer has {len(tensors)}")
+    """What `take` copied, bit for bit, where `kept` has state for the same parameters."""
+    tensors = _tensors(groups, taken["params"] if taken["params"] is not None else taken["state"])
     for i, p in enumerate(tensors):
         if taken["params"] is not None:
             shards.local(p).detach().copy_(taken["params"][i])
@@ -147,10 +153,18 @@ def put_back(groups: Sequence[dict[str, Any]], kept: State, taken: Mapping[str, 
             group["clock"] = clock
 
 
+def _tensors(groups: Sequence[Mapping[str, Any]], known: Sequence[Any] | None) -> list[Tensor]:
+    """All parameters, if there are as many as are known in a snapshot."""
+    tensors = [p for group in groups for p in group["params"]]
+    if known is not None and len(known) != len(tensors):
+        raise ValueError(f"restore: the snapshot is of {len(known)} parameters, this optimizer has {len(tensors)}")
+    return tensors
+
+
 def begin(members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> None:
     """State as it is before the first step, in the tensors that are there."""
     for m in members:
-        begun = m.create()
+        begun = m.create() if m.awake else {}
         begun.pop(LOW, None)
         for key, slot in m.shared.items():
             if key in m.state:

@@ -31,6 +31,26 @@ class AdamWRest:
         check_rate("adamw_lr", self.lr)
         check_rate("adamw_weight_decay", self.weight_decay)
 
+    @classmethod
+    def following(
+        cls,
+        lr: float | Tensor,
+        weight_decay: float,
+        adamw_lr: float | Tensor | None,
+        betas: tuple[float, float],
+        eps: float,
+        adamw_weight_decay: float | None,
+        eps_at: Literal["corrected", "uncorrected"] = "corrected",
+    ) -> AdamWRest:
+        """With the matrices' own `lr` and `weight_decay` where it is given None."""
+        return cls(
+            lr if adamw_lr is None else adamw_lr,
+            betas,
+            eps,
+            weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            eps_at,
+        )
+
     def beside(self, name: str, rule: Transform, lr: float | Tensor, weight_decay: float) -> list[Route]:
         """Routes of `rule`, called `name`, for hidden matrices and of AdamW for the rest."""
         rest = adam(self.betas, self.eps, eps_at=self.eps_at)

@@ -196,7 +196,7 @@ def feed_hessian(opt: Optimizer, estimate: Callable[[int], Mapping[Any, Tensor]]
 
 def reads_hessian(opt: torch.optim.Optimizer) -> bool:
     """Whether `opt` may be fed a `hessian`, as `Sophia` may."""
-    rules = opt._rules.values() if isinstance(opt, Optimizer) else ()
+    rules = opt._roster.rules.values() if isinstance(opt, Optimizer) else ()
     return any("hessian" in (*link.feeds, *link.may_feed) for rule in rules for link in rule)
 
 

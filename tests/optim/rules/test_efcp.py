@@ -139,7 +139,7 @@ def test_all_compressed_gradients_and_the_error_are_all_gradients(compressor: An
     start, grads = draw([(12, 10), (40,), (8, 3, 2, 2)], 9)
     params = leaves(start)
     opt = efcp(params, window=4, density=0.1, compressor=compressor, damping=0.1)
-    link: Any = opt._rules["windowed"].links[0]
+    link: Any = opt._roster.rules["windowed"].links[0]
     sums = [(torch.zeros_like(p), torch.zeros_like(p)) for p in start]
     for t, row in enumerate(grads):
         play(opt, params, [row])

@@ -230,7 +230,7 @@ def test_each_expert_and_what_is_stored_inputs_first_is_projected_as_a_matrix_of
     start, grads = draw([(3, 8, 5)], 5)
     model = Experts(start[0])
     opt = galore(model, rank=2, update_proj_gap=2, on_refresh="rotate")
-    assert opt._described[0][0].role == "experts"
+    assert opt._roster.described[0][0].role == "experts"
     (found,) = play(opt, list(model.parameters()), grads)
     for i in range(3):
         alone = leaves([start[0][i]])

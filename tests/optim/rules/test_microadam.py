@@ -122,7 +122,7 @@ def test_what_is_kept_and_what_is_left_is_what_came_in_up_to_half_a_unit() -> No
     params = leaves(start)
     opt = micro(params, density=0.05, block=128, window=4, value_dtype=torch.float32)
     state, d = opt.state[params[0]], 660
-    top = opt._rules["micro_adam"].links[0].top  # type: ignore[attr-defined]
+    top = opt._roster.rules["micro_adam"].links[0].top
 
     def left() -> Tensor:
         return asymmetric.decode(state["error"], state["error_lo"], state["error_hi"], d, torch.float64)

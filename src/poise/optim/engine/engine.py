@@ -20,17 +20,19 @@ from .bucket import Bucket, Pass
 from .links import Bound
 from .measuring import measures, refresh
 from .members import Member
-from .totals import Totals
+from .totals import Totals, holders
 
 # Elements whose updates are held at once between the stretches of a chain with matrix rules in it.
 HELD = 1 << 24
 
 
 class Engine:
-    """Runs a fixed set of members. Made anew when parameters are added, moved or change their dtype."""
+    """Runs a fixed set of members. Made anew when parameters are added, moved, change their dtype, or need state at last."""
 
     def __init__(self, members: Sequence[Member], backend: str) -> None:
-        self.members = list(members)
+        self.everyone = list(members)
+        self.members = members = [m for m in members if m.awake]
+        self.asleep = [m for m in self.everyone if not m.awake]
         # one vector of step counts; each parameter's "step" is a view into it
         self.steps = torch.tensor([int(m.state["step"]) for m in members], dtype=torch.int64)
         self.counts = self.steps.numpy()
@@ -44,7 +46,9 @@ class Engine:
         early = [(link, held) for link, held in scopes.values() if measures(link) and link.reads == "grad"]
         self.stateless = [link for link, held in early if not any(b.slots for _, b in held)]
         self.stateful = [link for link, held in early if any(b.slots for _, b in held)]
-        self.totals = Totals(self.buckets, scopes, self.stateless, lambda m: int(self.counts[self.position[m]]) + 1)
+        self.totals = Totals(
+            self.buckets, holders(self.everyone), self.stateless, lambda m: int(self.counts[self.position[m]]) + 1
+        )
         family = (one.link for held in scopes.values() for _, b in held[1][:1] for one in b.family())
         self.needing_loss = next((link for link in family if link.needs_loss), None)
         self.refreshing = any(_due_ever(b) for m in self.members for b in m.bound)
@@ -55,8 +59,10 @@ class Engine:
                 held_groups.append(m.group)
 
     def stale(self) -> bool:
-        """Whether a parameter has changed its dtype, device or shape since this engine was made."""
-        for m in self.members:
+        """Whether a parameter has changed its dtype, device or shape, or came to need state, since this engine was made."""
+        if any(m.wanted for m in self.asleep):
+            return True
+        for m in self.everyone:
             t = shards.local(m.tensor)
             if t.dtype is not m.format.dtype or t.device != m.device or t.shape != m.local_shape:
                 return True

@@ -18,7 +18,7 @@ from poise.memory.rounding import int32
 
 from . import chunks, shards
 from .blocks import Layout
-from .links import settled
+from .calls import settled
 from .members import LOW, SALT_WEIGHTS, Member, state_draw
 from .program import Program
 

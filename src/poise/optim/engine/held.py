@@ -11,7 +11,8 @@ from torch import Tensor
 from poise.memory.rounding import int32, noise_bits
 
 from . import shards
-from .links import Bound, settled
+from .calls import settled
+from .links import Bound
 from .members import LOW, Member, state_draw
 from .views import stored_as, view_of
 

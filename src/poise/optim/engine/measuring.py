@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..transform import Transform
 from . import shards
+from .calls import Env
 from .held import Held, assigned, keep_states, noise, piece_noise, stored_weights
 from .layers import joined
-from .links import Bound, Env
+from .links import Bound
 from .measured import Columns
 from .members import Member
 from .views import view_of

@@ -136,6 +136,17 @@ class Member:
             self.stores[key] = Store(key, slot, shape, dtype, kept)
         self.state: dict[str, Tensor] = {}
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it needs state: not while it is frozen and has no gradient, nor has the other parameter of its layer."""
+        both = (self.tensor,) if self.partner is None else (self.tensor, self.partner.tensor)
+        return any(t.requires_grad or t.grad is not None for t in both)
+
+    @property
+    def awake(self) -> bool:
+        """Whether it has state of its own, and is stepped; else it may still hold what a link shares."""
+        return "step" in self.state
+
     def create(self) -> dict[str, Tensor]:
         """Its state at the beginning."""
         state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64)}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from poise.memory.rounding import noise_bits
 
-from .links import Bound, Env, call_update, settled
+from .calls import Env, call_update, settled
+from .links import Bound
 
 Row = Mapping[str, Any]
 

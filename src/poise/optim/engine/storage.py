@@ -22,7 +22,7 @@ from poise.memory.matrix import MatrixCodec, packed, unpacked
 
 from ..transform import Param, Slot
 from . import shards
-from .links import initial
+from .calls import initial
 
 # Smaller tensors stay in full precision: they hardly cost anything, and norms and biases are the ones that suffer.
 SMALLEST = 4096

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,29 @@ from torch import Tensor
 from ..transform import Context, Transform
 from . import shards
 from .bucket import Bucket, Pass
-from .links import Bound, StateView
+from .calls import StateView
+from .links import Bound
 from .measured import Columns
 from .members import Member
-
-Scopes = Mapping[int, tuple[Transform, list[tuple[Member, Bound]]]]  # every link by identity, with all members that hold it
 
 
 class Totals:
     """Phase one of the links that have one.
 
     Args:
+        holders: by identity of a link, where the slots are that its parameters share.
         stateless: those that measure the raw gradient and keep no state; only they may abandon a step.
         next_step: the count of a parameter's next step.
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], scopes: Scopes, stateless: Sequence[Transform], next_step: Callable[[Member], int]
+        self,
+        buckets: Sequence[Bucket],
+        holders: Mapping[int, tuple[Member, Bound]],
+        stateless: Sequence[Transform],
+        next_step: Callable[[Member], int],
     ) -> None:
-        self.buckets, self.scopes, self.stateless, self.next_step = buckets, scopes, stateless, next_step
+        self.buckets, self.holders, self.stateless, self.next_step = buckets, holders, stateless, next_step
 
     def ready(self, waiting: Sequence[tuple[Bucket, Pass]]) -> list[Transform]:
         """Links that every bucket holding them now waits at."""
@@ -68,7 +72,7 @@ class Totals:
             p.own[bucket.bound[position].prefix] = (measured, values)
         bucket, p, position, _, _ = found[0]
         member, bound, i = p.members[0], bucket.bound[position], 0
-        holder, at = self.scopes[id(link)][1][0]  # shared slots are kept with the first member that holds the link
+        holder, at = self.holders.get(id(link), (member, bound))
         written: set[str] = set()
         view = StateView({key: holder.state[key] for key in at.shared.values()}, at.shared, written)
         row = {n.removeprefix(bound.prefix): v for n, v in p.rows[p.which[i]].items() if n.startswith(bound.prefix)}
@@ -108,6 +112,16 @@ class Totals:
                         for key, value in kept.items():
                             shards.local(m.state[key]).copy_(value)
         return counted
+
+
+def holders(members: Iterable[Member]) -> dict[int, tuple[Member, Bound]]:
+    """By identity of every link that shares slots, the member that holds them: the first, whatever becomes of it."""
+    found: dict[int, tuple[Member, Bound]] = {}
+    for m in members:
+        for b in m.bound:
+            if b.shared:
+                found.setdefault(id(b.link), (m, b))
+    return found
 
 
 def _over_ranks(link: Transform, counted: Sequence[tuple[Sequence[Member], Tensor]]) -> None:

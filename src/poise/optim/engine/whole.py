@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import shards
+from .calls import Env, call_update
 from .held import Held, assigned, keep_states, noise, piece_noise, stored_weights
 from .layers import parted
-from .links import Env, call_update
 from .measuring import measures, seen
 from .members import Member
 from .views import stored_as, view_of

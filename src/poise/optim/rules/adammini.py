@@ -122,6 +122,6 @@ class AdamMini(Optimizer):
 
     def blocks(self) -> dict[str, Any]:
         """By parameter name its blocks as runs `((count, rows), ...)`, None for one an element."""
-        rule = self._rules[self.param_groups[0]["rule"]].links[0]
+        rule = self._roster.rules[self.param_groups[0]["rule"]].links[0]
         assert isinstance(rule, blockwise_adam)
-        return {p.name: rule.partition(p) for described in self._described for p in described}
+        return {p.name: rule.partition(p) for described in self._roster.described for p in described}

@@ -122,10 +122,5 @@ class FRUGAL(Optimizer):
         else:
             projector = Projector(projection, float(density), side)
             rule = projected(inside, projector, update_gap, on_refresh, proj_scale, residual, inactive_scale)
-        rest = AdamWRest(
-            lr if adamw_lr is None else adamw_lr,
-            adamw_betas or betas,
-            eps,
-            weight_decay if adamw_weight_decay is None else adamw_weight_decay,
-        )
+        rest = AdamWRest.following(lr, weight_decay, adamw_lr, adamw_betas or betas, eps, adamw_weight_decay)
         super().__init__(params, rest.beside("frugal", chain(rule), lr, weight_decay), lr, weight_decay, decay, **options)

@@ -97,12 +97,7 @@ class GaLore(Optimizer):
             raise ValueError(f"projection={projection!r}: must be 'svd', 'randomized' or 'random'")
         projector = Projector(projection, rank, side)
         inside = adam(betas, eps, eps_at="uncorrected") if inner is None else inner
-        rest = AdamWRest(
-            lr if adamw_lr is None else adamw_lr,
-            adamw_betas or betas,
-            eps,
-            weight_decay if adamw_weight_decay is None else adamw_weight_decay,
-            "uncorrected",
-        )
+        own = (adamw_lr, adamw_betas or betas, eps, adamw_weight_decay)
+        rest = AdamWRest.following(lr, weight_decay, *own, "uncorrected")
         rule = chain(projected(inside, projector, update_proj_gap, on_refresh, proj_scale))
         super().__init__(params, rest.beside("galore", rule, lr, weight_decay), lr, weight_decay, decay, **options)

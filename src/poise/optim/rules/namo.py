@@ -14,7 +14,7 @@ from poise.linalg.norms import inner
 
 from ..optimizer import Optimizer
 from ..options import Options
-from ..routing import Params, Route
+from ..routing import Params
 from ..skeleton import AdamWRest
 from ..transform import Context, Param, Slot, State, Transform, chain
 from ..transforms.adaptive import check_eps
@@ -124,29 +124,6 @@ class norm_adapted(Transform):
         return f"norm_adapted({self.inner[0]!r}, {kind}, scale_rule={self.scale_rule!r}, cap={self.cap})"
 
 
-def _routes(
-    name: str,
-    lr: float | Tensor,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    adapted: norm_adapted,
-    adamw_lr: float | Tensor | None,
-    adamw_betas: tuple[float, float],
-    adamw_eps: float,
-    adamw_weight_decay: float | None,
-) -> list[Route]:
-    """Of the rest, None is what the matrices have."""
-    rest = AdamWRest(
-        lr if adamw_lr is None else adamw_lr,
-        adamw_betas,
-        adamw_eps,
-        weight_decay if adamw_weight_decay is None else adamw_weight_decay,
-    )
-    rule = chain(momentum_link(momentum, nesterov, average=True), adapted, displacement())
-    return rest.beside(name, rule, lr, weight_decay)
-
-
 @method(
     "namo",
     family="optim",
@@ -207,9 +184,9 @@ class NAMO(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         adapted = norm_adapted(orthogonalize(method, steps), momentum, mu2, eps, scale_rule=scale_rule, cap=cap)
-        rest = (adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
-        routes = _routes("namo", lr, weight_decay, momentum, nesterov, adapted, *rest)
-        super().__init__(params, routes, lr, weight_decay, **options)
+        rule = chain(momentum_link(momentum, nesterov, average=True), adapted, displacement())
+        rest = AdamWRest.following(lr, weight_decay, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
+        super().__init__(params, rest.beside("namo", rule, lr, weight_decay), lr, weight_decay, **options)
 
 
 @method(
@@ -264,6 +241,6 @@ class NAMOD(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         adapted = norm_adapted(orthogonalize(method, steps), momentum, mu2, eps, True, clamp, scale_rule, cap)
-        rest = (adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
-        routes = _routes("namo-d", lr, weight_decay, momentum, nesterov, adapted, *rest)
-        super().__init__(params, routes, lr, weight_decay, **options)
+        rule = chain(momentum_link(momentum, nesterov, average=True), adapted, displacement())
+        rest = AdamWRest.following(lr, weight_decay, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
+        super().__init__(params, rest.beside("namo-d", rule, lr, weight_decay), lr, weight_decay, **options)

@@ -161,12 +161,7 @@ class NaturalGaLore(Optimizer):
             raise ValueError(f"projection={projection!r}: must be 'svd', 'randomized' or 'random'")
         inside = adam(betas, eps, eps_at="uncorrected") if inner is None else inner
         natural = windowed_natural(inside, history, damping, update_proj_gap if clear_history else 0)
-        rest = AdamWRest(
-            lr if adamw_lr is None else adamw_lr,
-            adamw_betas or betas,
-            eps,
-            weight_decay if adamw_weight_decay is None else adamw_weight_decay,
-            "uncorrected",
-        )
+        own = (adamw_lr, adamw_betas or betas, eps, adamw_weight_decay)
+        rest = AdamWRest.following(lr, weight_decay, *own, "uncorrected")
         rule = chain(projected(natural, Projector(projection, rank, side), update_proj_gap, on_refresh, proj_scale))
         super().__init__(params, rest.beside("natural-galore", rule, lr, weight_decay), lr, weight_decay, decay, **options)
