@@ -51,7 +51,10 @@ def first() -> bool:
 
 
 def outcome(opt: torch.optim.Optimizer, found: Any, alone: Any, start: list[Tensor]) -> dict[str, Any]:
-    """Final weights, alone's being those of the first rank, and whether every element is computed from itself alone, so that no sum can be added in another order."""
+    """Final weights, the first rank's for the run alone, and whether every element is computed from itself alone.
+
+    Then no sum can be added in another order.
+    """
     rules = opt._rules.values()  # pyright: ignore[reportAttributeAccessIssue]
     exact = all(link.unit == "element" and type(link).measure is Transform.measure for rule in rules for link in rule)
     return {"found": whole(found), "alone": whole(alone), "start": start, "exact": exact}

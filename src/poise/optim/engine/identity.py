@@ -1,7 +1,7 @@
 """What says all about a rule, so that a kernel of one like it is found without tracing it again.
 
 A rule is its classes, their functions and what its objects hold. That is all only where the functions are poise's own, which
-nobody writes anew while a process runs; a user's, which may call what the next cell of a notebook changes, are traced each time.
+nobody rewrites while a process runs; a user's, which may call what the next cell of a notebook changes, is traced each time.
 """
 
 from __future__ import annotations
