@@ -75,7 +75,7 @@ compare: $(VENV)/.compare
 
 # With several test processes each takes one thread: two that fight over two cores are slower than either alone.
 test: $(VENV)/.test
-	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step_time.py $(ARGS)

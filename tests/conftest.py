@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,23 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("random", deadline=None)
 settings.load_profile("same")
+
+# Files that take long, the longest first: with several processes none is then left to one of them at the end. Those of the
+# conformance suite come before the processes it starts, which find its kernels on disk.
+LONGEST = (
+    "conformance/test_rule.py", "conformance/test_surface.py", "conformance/test_state.py", "conformance/test_tensors.py",
+    "conformance/test_formats.py", "conformance/test_distributed.py", "benchmarks/test_gpu_check.py",
+    "optim/engine/test_kernels.py", "compare/test_report_browser.py", "compare/test_coordinate.py", "compare/test_workers.py",
+    "compare/test_tasks.py", "compare/test_study.py", "cli/test_compare.py", "optim/engine/test_blocks.py",
+    "optim/engine/test_backends.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files named above before the others, whose order stays."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in ranks), f"no such file: {[str(path) for path in ranks if not path.exists()]}"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)

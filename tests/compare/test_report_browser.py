@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,10 +64,23 @@ class Opened(NamedTuple):
 @pytest.fixture
 def opened(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     """Writes a report and opens the file."""
+    with opener(browser, tmp_path) as load:
+        yield load
+
+
+@pytest.fixture(scope="module")
+def whole(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """The full report, opened once for those that only look at it."""
+    with opener(browser, tmp_path_factory.mktemp("whole")) as load:
+        yield load(full())
+
+
+@contextmanager
+def opener(browser: Browser, folder: Path) -> Iterator[Callable[..., Opened]]:
     context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="dark")
 
     def load(results: Results, against: Results | None = None) -> Opened:
-        path = tmp_path / "report.html"
+        path = folder / "report.html"
         report.write(results, path, against)
         found = Opened(context.new_page(), [], [])
         found.page.on("request", lambda request: found.asked.append(request.url))
@@ -114,8 +128,8 @@ def test_everything_is_drawn_without_an_error_and_without_a_network(opened: Call
 
 
 @pytest.mark.parametrize("chart", ["curves", "budgets", "frontier", "tuning"])
-def test_the_mouse_on_a_point_tells_whose_it_is(opened: Callable[..., Opened], chart: str) -> None:
-    page, _, wrong = opened(full())
+def test_the_mouse_on_a_point_tells_whose_it_is(whole: Opened, chart: str) -> None:
+    page, _, wrong = whole
     for place, name in enumerate(("adamw", "lion", "muon")):
         shown = f"{name} at every budget" if (chart, name) == ("budgets", "adamw") else name
         assert name in label_over(page, f"tuning-{place}" if chart == "tuning" else chart, shown)
@@ -144,10 +158,9 @@ def test_the_other_studys_curves_are_dashed(opened: Callable[..., Opened]) -> No
     assert len(asked) == 1 and wrong == []
 
 
-def test_the_page_and_its_charts_turn_light_with_the_system(opened: Callable[..., Opened]) -> None:
-    results = full()
-    page = opened(results).page
-    index = looks(results)["muon"].index
+def test_the_page_and_its_charts_turn_light_with_the_system(whole: Opened) -> None:
+    page = whole.page
+    index = looks(full())["muon"].index
 
     def colours() -> tuple[str, str]:
         point = page.locator("#frontier .scatterlayer .trace .points path").last
@@ -161,6 +174,7 @@ def test_the_page_and_its_charts_turn_light_with_the_system(opened: Callable[...
     page.emulate_media(color_scheme="light")
     page.wait_for_timeout(200)
     assert colours() == (rgb(HUES[index][1]), "rgb(251, 251, 249)")
+    page.emulate_media(color_scheme="dark")
 
 
 def test_a_picture_is_as_wide_as_asked_for(browser: Browser, tmp_path: Path) -> None:

@@ -45,8 +45,16 @@ def mesh() -> DeviceMesh:
     return init_device_mesh(DEVICE, (WORLD,))
 
 
+def first() -> bool:
+    """Whether this rank makes the run in one process, which is the same on all of them and needs none of the others."""
+    return dist.get_rank() == 0
+
+
 def outcome(opt: torch.optim.Optimizer, found: Any, alone: Any, start: list[Tensor]) -> dict[str, Any]:
-    """Final weights, and whether every element is computed from itself alone, so that no sum can be added in another order."""
+    """Final weights, the first rank's for the run alone, and whether every element is computed from itself alone.
+
+    Then no sum can be added in another order.
+    """
     rules = opt._roster.rules.values()  # pyright: ignore[reportAttributeAccessIssue]
     exact = all(link.unit == "element" and type(link).measure is Transform.measure for rule in rules for link in rule)
     return {"found": whole(found), "alone": whole(alone), "start": start, "exact": exact}
@@ -90,6 +98,8 @@ def ddp(entry: Method) -> dict[str, Any]:
         opt.zero_grad()
         loss_of(replica, shares[rank]).backward()
         opt.step()
+        if not first():
+            continue
         parts = []
         for share in shares:
             twin.zero_grad()
@@ -113,7 +123,8 @@ def sharded(state: str, dtype: str, backend: str = "eager") -> Scenario:
         start = whole(alone)
         opt = build(entry, model, state=state, backend=backend)
         steps(opt, params, grads)
-        steps(build(entry, twin, state=state, backend=backend), alone, grads)
+        if first():
+            steps(build(entry, twin, state=state, backend=backend), alone, grads)
         return outcome(opt, params, alone, start)
 
     return run
@@ -127,7 +138,7 @@ def backward(entry: Method) -> dict[str, Any]:
     opt, twin_opt = build(entry, model, backend="eager"), build(entry, twin, backend="eager")
     x, y = batch()[0].to(DEVICE), torch.ones(64, 1, device=DEVICE)
     for _ in range(3):
-        for m, o in ((model, opt), (twin, twin_opt)):
+        for m, o in ((model, opt), (twin, twin_opt)) if first() else ((model, opt),):
             o.zero_grad()
             nn.functional.mse_loss(m(x), y).backward()
             o.step()
@@ -141,7 +152,8 @@ def columns(entry: Method) -> dict[str, Any]:
     start, grads = whole(alone), grads_like(alone, 4)
     opt = build(entry, params, backend="auto")
     steps(opt, params, grads)
-    steps(build(entry, alone, backend="auto"), alone, grads)
+    if first():
+        steps(build(entry, alone, backend="auto"), alone, grads)
     return outcome(opt, params, alone, start)
 
 

@@ -144,12 +144,13 @@ def test_float32_parameters_beside_bfloat16_ones_are_not_rounded(weights: Any) -
 # -- both halves kept ------------------------------------------------------------------------------------------------------
 
 
-def test_split_weights_train_bit_for_bit_as_float32_ones_whose_bfloat16_copies_are_used() -> None:
+@pytest.mark.parametrize("backend", ["eager", "chunks", "tiles"])
+def test_split_weights_train_bit_for_bit_as_float32_ones_whose_bfloat16_copies_are_used(backend: str) -> None:
     """The gradient is taken at the bfloat16 weights in both runs; what is summed up is float32."""
     (start, target), _ = draw([(16, 24), (16, 24)], 0, dtype=torch.float32)
     ours, master = leaves([start.bfloat16().float()], BF16), leaves([start.bfloat16().float()])
-    opt = optimizer(ours, heavy(), lr=1e-3, weight_decay=0.1, weights="split")
-    twin = optimizer(master, heavy(), lr=1e-3, weight_decay=0.1)
+    opt = optimizer(ours, heavy(), lr=1e-3, weight_decay=0.1, weights="split", backend=backend)
+    twin = optimizer(master, heavy(), lr=1e-3, weight_decay=0.1, backend=backend)
 
     def gradient(w: Tensor) -> Tensor:
         return (w - target.bfloat16()).sin()

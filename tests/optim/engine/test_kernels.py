@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -296,6 +297,38 @@ def test_the_compiler_is_the_one_that_is_named_or_a_usual_one(
     assert (kernels.compiler() is not None) == found
     if named and found:
         assert kernels.compiler() == sys.executable
+
+
+@pytest.mark.parametrize(("works", "tried"), [(("avx2", "avx512"), 1), (("avx2",), 2), ((), 2)])
+def test_the_best_vector_instructions_are_tried_and_others_only_without_them(
+    works: tuple[str, ...], tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config, cpu_vec_isa
+
+    trials: list[str] = []
+
+    class Vectors(cpu_vec_isa.VecISA):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __str__(self) -> str:
+            return self.name
+
+        __hash__ = cpu_vec_isa.VecISA.__hash__
+
+        def __bool__(self) -> bool:
+            if config.cpp.vec_isa_ok is not None:
+                return config.cpp.vec_isa_ok
+            if self.name not in trials:
+                trials.append(self.name)
+            return self.name in works
+
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2", "avx512"])
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", list(map(Vectors, ("avx512 amx_tile", "avx512", "avx2"))))
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", functools.cache(cpu_vec_isa.valid_vec_isa_list.__wrapped__))
+    kernels._try_vectors()
+    assert trials == ["avx512", "avx2"][:tried]
+    assert str(cpu_vec_isa.pick_vec_isa()) == (works[-1] if works else "INVALID_VEC_ISA")
 
 
 # -- more processes ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,22 +64,30 @@ def find_vectors() -> None:
     It does so by compiling something in its cache. Where the folder's name has a space in it, that fails, and every kernel of
     this process would do without: the trial is then made elsewhere.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
     if shlex.quote(str(cache_dir())) == str(cache_dir()):
-        pick_vec_isa()
+        _try_vectors()
         return
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[name] = folder
         try:
-            pick_vec_isa()
+            _try_vectors()
         finally:
             if before is None:
                 del os.environ[name]
             else:
                 os.environ[name] = before
+
+
+def _try_vectors() -> None:
+    """Inductor tries all that the processor has, some seconds each; where the best works, so do those that came before it."""
+    from torch._inductor import config, cpu_vec_isa
+
+    there = set(cpu_vec_isa.x86_isa_checker())
+    best = next((isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= there), None)
+    with config.patch({"cpp.vec_isa_ok": True}) if best else nullcontext():
+        cpu_vec_isa.pick_vec_isa()
 
 
 _loaded: dict[str, Future[Kernel]] = {}
@@ -108,7 +117,7 @@ def native(fn: Callable[..., dict[str, Tensor]], args: Sequence[Arg], known: Has
     """
     if compiler() is None:
         raise Unsupported("no C++ compiler found (CXX, g++, clang++, c++)")
-    name = (known, tuple(args), str(cache_dir()))
+    name = (known, tuple(args), str(cache_dir()), torch.get_default_dtype())
     with _lock:
         if known is not None and _known.get(name) in _loaded:
             return _loaded[_known[name]]

@@ -19,6 +19,7 @@ from poise.memory.rounding import noise_bits
 
 from . import inductor, kernels, tiles
 from .blocks import Layout
+from .identity import identity
 from .members import LOW, SALT_WEIGHTS, Member, WeightFormat, noise_keys, state_draw
 from .program import Program
 from .tiles import Operand
@@ -189,7 +190,8 @@ class Tiled:
                     results |= told(seen | results | {"x": now, "error": wanted - now})
             return results | {key: self._write(key, results[key], t["noise"]) for key in self.inline if key in results}
 
-        self._add(fn, args, operands, 0 if self.blocks else 1)
+        formats = [(key, codec, self.stores[key].kind, self.stores[key].dtype) for key, codec in self.inline.items()]
+        self._add(fn, args, operands, 0 if self.blocks else 1, identity(program, fmt, formats, self.keys, names))
         return written
 
     def _read(self, key: str, stored: Tensor) -> Tensor:
