@@ -177,7 +177,7 @@ def implicit(reference: str, solve: str, bound: float, settings: str, note: str)
 
 CASES = (
     optex(
-        18,
+        20,
         "SGD with momentum",
         lambda p, o: SGD(p, lr=0.05, momentum=0.9, **o),
         "lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)",
