@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from . import (
-    by_hand,
+    absent,
+    curvature_cases,
     jax_cases,
+    jax_official_cases,
+    layer_cases,
     matrix_cases,
+    memory_cases,
     model_cases,
     muon_cases,
     official_cases,
     package_cases,
     torch_cases,
     training_cases,
+    window_cases,
 )
 from .case import Absent, Case
 
@@ -24,5 +29,10 @@ CASES: tuple[Case, ...] = (
     *matrix_cases.CASES,
     *training_cases.CASES,
     *model_cases.CASES,
+    *curvature_cases.CASES,
+    *memory_cases.CASES,
+    *layer_cases.CASES,
+    *window_cases.CASES,
+    *jax_official_cases.CASES,
 )
-ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *by_hand.ABSENT)
+ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

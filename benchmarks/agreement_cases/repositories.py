@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .sources import Repository
 
+TRANSFORMERS = ("transformers", "transformers.utils", "transformers.utils.versions")
+TENSORLY = ("tensorly", "tensorly.decomposition")
+
 REPOSITORIES = {
     "google/automl": Repository(
         "6a54c8741e7c3265d4547c4f35f47a0391122dc5",
@@ -106,5 +109,157 @@ REPOSITORIES = {
             "scale_rl.buffers",
         ),
         needs=("jax",),
+    ),
+    "Liuhong99/Sophia": Repository(
+        "a7e157229b71d58cf995d32854f1be15c265b350",
+        "sophia.py",
+        {"sophia.py": "1e552809e5e8710532ead90dfc706048cc274123"},
+    ),
+    "facebookresearch/optimizers": Repository(
+        "f60660661194de26d3ee78bae6d15820ff8e583d",
+        "distributed_shampoo/distributed_shampoo.py",
+        {
+            "distributed_shampoo/distributed_shampoo.py": "0bbbc8448f8efa76e2d42fb36b69aa73253b7621",
+            "distributed_shampoo/preconditioner/shampoo_preconditioner_list.py": "d4a67329f1f2701d936d5a7257ad0296d27652a6",
+            "distributed_shampoo/preconditioner/matrix_functions.py": "48347e41c220de5d2eb6f2deddee2d94717d6c79",
+        },
+        folder=".",
+    ),
+    "Sike-Wang/low-bit-Shampoo": Repository(
+        "fc46867b3afbc8e4f72a541475bb883ce94e8d4c",
+        "optimizers/shampoo2.py",
+        {
+            "optimizers/shampoo2.py": "ab090bdfbc338fb262e5510e4d225773aa91776f",
+            "optimizers/matrix_functions.py": "08e3d180aa1b0f2e0dd2af30f972b84db88a308e",
+            "qtensor/utils.py": "429d9db6012c7b5e4ab63973ef25555c3372c5af",
+        },
+        folder=".",
+        stubs=("qtensor.cextension",),
+    ),
+    "Mohammad-Mozaffari/mkor": Repository(
+        "3a0e3bb2df346851569e98799d0f340556bad811",
+        "mkor/mkor.py",
+        {
+            "mkor/mkor.py": "c37749f9d501d1456b9a2aed9e1c27840383719d",
+            "mkor/utils/factors.py": "16488be1c805695443777fd15af548c1f8b252c1",
+        },
+        folder=".",
+    ),
+    "jiaweizzhao/GaLore": Repository(
+        "2cc66f88cce189e505affbb91042a8e77f5bf4e9",
+        "galore_torch/adamw.py",
+        {
+            "galore_torch/adamw.py": "5a49631bcc4b2d51d7bd4734e4a75ceeac8191dc",
+            "galore_torch/galore_projector.py": "242d74d0d6b5f04f8f526c1cccc19b0852c57bfb",
+        },
+        folder=".",
+        stubs=(*TRANSFORMERS, *TENSORLY, "bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.optimizer"),
+    ),
+    "fzmushko/FRUGAL": Repository(
+        "c7ebe4c242f7908e036c287e3a10512a84634648",
+        "frugal/adamw.py",
+        {
+            "frugal/adamw.py": "fff95a3011e02b24da3abde9da06e671d2752cee",
+            "frugal/proj_optimizer_templates.py": "6240d5b40b17600f828bf6f0fa6dc289ac0bcbd6",
+            "frugal/galore_projector.py": "25b32c8acbc8d64ee5cb3067db33adca25f83a23",
+            "frugal/coordinate_projector.py": "7a7eafb9c4448c6803b86e79d126802cd205eea2",
+        },
+        folder=".",
+        stubs=TRANSFORMERS,
+    ),
+    "selfsupervised-ai/Natural-GaLore": Repository(
+        "e23336d7ca1e9580494c13c8b1ac9ca623a1a2a1",
+        "code/natural_galore/subspace_adamw.py",
+        {
+            "code/natural_galore/subspace_adamw.py": "48e8905bcc7227e840b4cefa3895adbdbff20979",
+            "code/natural_galore/galore_projector_tensor.py": "e1b3d7e67df8cc97b7ba2ef55cd27bf388054997",
+        },
+        folder="code",
+        needs=("tensorly",),
+    ),
+    "NitzanHod/compact": Repository(
+        "a28713010590d022ae6d26c399971b583bf71eb2",
+        "modules/linear.py",
+        {
+            "modules/linear.py": "a549d8caa6123f25693ec891675a74440e2f3a90",
+            "functions/linear.py": "78af902ea604cb95f005be945be321578be6a117",
+            "random_utils/random_sampling.py": "5ef64fec332f2f1cf1b665562b738958e1338a70",
+            "optimizers/adamw.py": "b7ff1596707f2e1e8b55c4e7ae26ec77d6991260",
+        },
+        folder=".",
+        stubs=(*TRANSFORMERS, "wandb"),
+    ),
+    "Ledzy/BAdam": Repository(
+        "bf989dcb8c1a7bbcf7360034b323e1b5616bf3e4",
+        "src/badam/block_optim.py",
+        {"src/badam/block_optim.py": "a2bf7c36dfe9beb29a4d10f006328dd29cc64e9d"},
+        folder="src",
+        stubs=(
+            *TRANSFORMERS,
+            "transformers.integrations",
+            "transformers.pytorch_utils",
+            "transformers.trainer_callback",
+            "deepspeed",
+            "deepspeed.runtime",
+            "deepspeed.runtime.zero",
+            "deepspeed.runtime.zero.utils",
+            "deepspeed.utils",
+        ),
+    ),
+    "IST-DASLab/M-FAC": Repository(
+        "8116367fb537b48484e2e4bde24f11f42b117f8a",
+        "optim.py",
+        {
+            "optim.py": "eca73f46afc38e3a57dd660f48a1f912723302eb",
+            "prun.py": "e591657c4795cd1650d19fee18a4d6235f495902",
+            "main_prun.py": "dfcdc16deb128ce7f8d3a57f8484d3b4d69ea5f2",
+        },
+        stubs=("lib", "lib.data", "lib.data.datasets"),
+    ),
+    "IST-DASLab/EFCP": Repository(
+        "a33a3a5725fbe78ab3ed7e8ce246a8c77b0dfb62",
+        "optimizers/sparse/SparseGradientMFAC.py",
+        {
+            "optimizers/sparse/SparseGradientMFAC.py": "269b9008ad7f4483985210975d7d49a1bb794784",
+            "optimizers/sparse/SparseHinvSequential.py": "ecc7b0cc3ebef12bc5342acbb92d97d885ababf4",
+            "helpers/optim.py": "fed06164c30f0f2b69364ae6e6be1691fa858435",
+            "optimizers/lowrank/low_rank_optim.py": "e079986b72f14cc0868e96c2453aab795a9e1539",
+            "optimizers/lowrank/compressor.py": "c443840786eb4233d031f4f8537114fca02517bb",
+            "optimizers/dense/GGT.py": "901787d62b71dd9cc9c2e859902b7d832fa2651e",
+        },
+        folder=".",
+        stubs=("wandb", "gpustat", "yaml", "tqdm", "line_profiler"),
+    ),
+    "IST-DASLab/ISTA-DASLab-Optimizers": Repository(
+        "4c98e6e7d8a51147cc8fdd77458baac881852b56",
+        "ista_daslab_optimizers/micro_adam/micro_adam.py",
+        {"ista_daslab_optimizers/micro_adam/micro_adam.py": "77e2ce4e398ccd7452974d2469f0f6dd41b2c8fb"},
+        folder=".",
+        stubs=(
+            "wandb",
+            "gpustat",
+            "triton",
+            "triton.language",
+            "ista_daslab_cuda_tools",
+            "ista_daslab_cuda_micro_adam",
+            "ista_daslab_cuda_dense_mfac",
+            "ista_daslab_cuda_sparse_mfac",
+        ),
+    ),
+    "youyve/OptEx": Repository(
+        "26c4c9e38db7ec13c18ff1ab1672b529e65821ba",
+        "optex_jax/OptEx_JAX.py",
+        {"optex_jax/OptEx_JAX.py": "ac57b95f66502370efdc39e531a48416b771ef48"},
+        needs=("jax", "optax", "sklearn"),
+    ),
+    "google/jaxopt": Repository(
+        "2de13bf01fd29e22862236a0d869f2b14e1629d4",
+        "jaxopt/_src/implicit_diff.py",
+        {
+            "jaxopt/_src/implicit_diff.py": "1eae2e623cdd310970652312cbe2c768bd0ea8de",
+            "jaxopt/_src/linear_solve.py": "34b5d0dd0c2d8b5f5beb92bbf8ca8bac9c98bc30",
+        },
+        folder=".",
+        needs=("jax", "scipy"),
     ),
 }

@@ -6,10 +6,12 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
+import math
 import sys
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,9 @@ PACKAGES = {
     "optax": "optax",
 }
 
+OPTIMIZER: Any = importlib.import_module("torch.optim.optimizer")
+GONE = ((OPTIMIZER, "_dispatch_sqrt", math.sqrt),)  # what older releases of torch had
+
 
 @dataclass(frozen=True)
 class Repository:
@@ -32,6 +37,7 @@ class Repository:
 
     Attributes:
         file: the module that is imported.
+        folder: where its imports begin, if it is part of a package and not in this folder itself; "." for the repository's.
         blobs: by path, the hash that git gives to each file which matters, so that a checkout of another commit is noticed.
         stubs: modules that are imported there and not needed for what is compared.
         needs: packages that it does need.
@@ -40,6 +46,7 @@ class Repository:
     commit: str
     file: str
     blobs: dict[str, str]
+    folder: str | None = None
     stubs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
@@ -67,8 +74,10 @@ def reference(source: str, official: Path | None) -> Iterator[tuple[Any, str]]:
             raise Missing(f"needs {package}, which is not installed")
     root = official / source.replace("/", "+")
     same = all(_blob(root / path) == blob for path, blob in repository.blobs.items())
-    with _beside(file.parent, repository.stubs):
-        yield _file(file), repository.commit[:7] if same else "of another commit"
+    start = file.parent if repository.folder is None else (root / repository.folder).resolve()
+    with _beside(start, repository.stubs):
+        module = _file(file) if repository.folder is None else _inside(file.resolve(), start)
+        yield module, repository.commit[:7] if same else "of another commit"
 
 
 def _package(source: str) -> tuple[Any, str]:
@@ -101,21 +110,38 @@ def _file(path: Path) -> Any:
     return module
 
 
+def _inside(path: Path, start: Path) -> Any:
+    """A module of a package, by its name from `start` on."""
+    return importlib.import_module(".".join(path.relative_to(start).with_suffix("").parts))
+
+
 @contextmanager
 def _beside(folder: Path, stubs: Sequence[str]) -> Iterator[None]:
     """Files of a folder import each other by name, and nothing of it stays; what they compile for a GPU runs as it is."""
+    importlib.import_module("torch._dynamo")  # comes with the first optimizer of torch, and should not see the stubs
     known = {name: sys.modules.get(name) for name in stubs}
     sys.path.insert(0, str(folder))
     try:
         sys.modules.update(dict.fromkeys(stubs, cast("types.ModuleType", Nothing)))
-        with mock.patch.object(torch, "compile", _uncompiled):
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(torch, "compile", _uncompiled))
+            patches.enter_context(redirect_stdout(io.StringIO()))  # some report on every step
+            for owner, name, value in GONE:
+                patches.enter_context(mock.patch.object(owner, name, value, create=True))
             yield
     finally:
         sys.path.remove(str(folder))
         for name, module in list(sys.modules.items()):
-            if name in stubs or str(getattr(module, "__file__", "")).startswith(str(folder)):
+            if name in stubs or _comes_from(folder, name, module):
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in known.items() if module is not None})
+
+
+def _comes_from(folder: Path, name: str, module: Any) -> bool:
+    file = getattr(module, "__file__", None)
+    if file is None:  # a folder that is a package without saying so
+        return (folder / name.replace(".", "/")).is_dir()
+    return str(file).startswith(f"{folder}/")
 
 
 def _uncompiled(model: Any = None, **_: Any) -> Any:

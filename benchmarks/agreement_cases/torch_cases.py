@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poise.optim import SGD, AdamW, BrakedSGD, Muon, Optimizer, chain, clip, momentum
 from poise.training import EMA, WeightNorm, reparameterize
@@ -25,8 +25,26 @@ def widened(side: Side) -> Side:
     """The same run without its casts to bfloat16."""
 
     def run(problem: Problem, module: Any) -> Trajectory:
-        with mock.patch.object(torch.Tensor, "bfloat16", lambda self: self):
+        with mock.patch.object(Tensor, "bfloat16", lambda self: self):
             return side(problem, module)
+
+    return run
+
+
+def in_one_dtype(side: Side) -> Side:
+    """The same run without its casts to float32."""
+
+    def run(problem: Problem, module: Any) -> Trajectory:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(problem.dtype)
+        try:
+            with (
+                mock.patch.object(Tensor, "float", lambda self: self.to(problem.dtype)),
+                mock.patch.object(torch, "float", problem.dtype),
+            ):
+                return side(problem, module)
+        finally:
+            torch.set_default_dtype(before)
 
     return run
 
@@ -89,7 +107,7 @@ def normed(problem: Problem, normalize: Any) -> Trajectory:
     normalize(layers)
     stored = [p for layer in layers for name, p in layer.named_parameters() if name != "bias"]
 
-    def used() -> list[torch.Tensor]:
+    def used() -> list[Tensor]:
         return [layer.get_submodule("parametrizations.weight")() for layer in layers]
 
     found = [copies(used())]

@@ -184,5 +184,4 @@ ABSENT = (
     Absent("weight-conditioning", "none", f"{NONE}; nothing is compared"),
     Absent("extragradient", "none", f"{NONE}; nothing is compared"),
     Absent("local-minimax", "none", f"{NONE}; nothing is compared"),
-    Absent("optex", "youyve/OptEx", "for JAX; run over NumPy by hand, SGD with and without momentum agreed to 4e-13"),
 )

@@ -89,6 +89,19 @@ def test_a_checkout_finds_its_neighbours_and_leaves_nothing_behind(tmp_path: Pat
     assert {"neighbour", "triton"}.isdisjoint(set(sys.modules) - before) and sys.path == path
 
 
+def test_a_module_of_a_package_finds_its_relatives_and_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "some+one" / "src" / "theirs"
+    (package / "parts").mkdir(parents=True)
+    (package / "rule.py").write_text("from .parts.rates import lr\nfrom wandb.sdk import log\nprint('using', log(lr=lr))\n")
+    (package / "parts" / "rates.py").write_text("lr = 0.05\n")
+    one = sources.Repository("0" * 40, "src/theirs/rule.py", {}, folder="src", stubs=("wandb", "wandb.sdk"))
+    with mock.patch.dict(REPOSITORIES, {"some/one": one}), sources.reference("some/one", tmp_path) as (module, version):
+        assert module.lr == 0.05 and module.__name__ == "theirs.rule" and version == "0" * 7
+        assert sys.modules["theirs.parts"] is not None
+    assert not [name for name in sys.modules if name.split(".")[0] in ("theirs", "wandb")]
+    assert capsys.readouterr().out == ""
+
+
 def test_the_page_has_every_difference_with_its_reason() -> None:
     found = agreement.compare(short("sgd"), backend="eager")
     lost = found | {"rule": "lost", "difference": None, "failed": "not there"}

@@ -55,7 +55,8 @@ class Shampoo(Optimizer):
     Args:
         lr: 1e-2. With grafting, choose it as for the rule that is grafted; without, it is like no other rule's.
         betas: (0.9, 1.0). Sums (b2 = 1) let steps without grafting shrink as 1 / sqrt(t).
-        eps: 1e-12. damping: "floor" moves all eigenvalues up until the smallest is eps, if it was less; "add" adds eps to all.
+        eps: 1e-12. damping: "floor" moves all eigenvalues up until the smallest is eps, if it was less; "add" adds eps to all,
+            which the release does first: take it to follow the release with an eps that counts.
             What no gradient has shown when roots are taken is given eps^(-1/4): with rare roots and small batches, take more.
         weight_decay: 0.
         precondition_frequency: 1, as published; set 50 to 100 for large models: a block of side b costs some 20 b^3.
