@@ -41,7 +41,8 @@ def family(count: int, dtype: torch.dtype = torch.float32) -> tuple[State, list[
 def moments(count: int) -> list[State]:
     """Second moments for each model of a family, small and of many sizes."""
     return [
-        {name: (3 * t).exp() * 1e-8 for name, t in draw(100 + number).items() if t.is_floating_point()} for number in range(count)
+        {name: (3 * t).exp() * 1e-8 for name, t in draw(100 + number).items() if t.is_floating_point()}
+        for number in range(count)
     ]
 
 

@@ -21,11 +21,10 @@ import pytest
 import torch
 from conformance.cases import mutated, told
 
+from merge.cutting import State, draw, family, largest_gap, merge_cut, moments, same
 from poise.catalog import Method, methods
 from poise.merge import merge_tensors
 from poise.merge.protocol import besides
-
-from merge.cutting import State, draw, family, largest_gap, merge_cut, moments, same
 
 MERGES = [entry for entry in methods("merge") if entry.kind == "merge"]
 every = pytest.mark.parametrize("entry", MERGES, ids=lambda entry: entry.name)
@@ -76,7 +75,11 @@ def test_equal_models_give_that_model(entry: Method) -> None:
     base, models = family(1)
     settings = told(entry, "EQUAL", told(entry, "WHOLE", {}))
     found = merge_tensors(
-        entry.target, models * count_of(entry), base, **settings, **{k: v * count_of(entry) for k, v in beside(entry, 1).items()}
+        entry.target,
+        models * count_of(entry),
+        base,
+        **settings,
+        **{k: v * count_of(entry) for k, v in beside(entry, 1).items()},
     )
     assert same({**found, "steps": models[0]["steps"]}, models[0])
 
@@ -85,7 +88,9 @@ def test_equal_models_give_that_model(entry: Method) -> None:
 def test_inputs_are_not_changed(entry: Method) -> None:
     base, models = family(count_of(entry))
     extra = beside(entry, len(models))
-    before = [{name: t.clone() for name, t in state.items()} for state in [base, *models, *(s for v in extra.values() for s in v)]]
+    before = [
+        {name: t.clone() for name, t in state.items()} for state in [base, *models, *(s for v in extra.values() for s in v)]
+    ]
     for settings in told(entry, "CASES"):
         found = merge_tensors(entry.target, models, base, **settings, **extra)
         for t in found.values():

@@ -42,7 +42,7 @@ def save_second_moments(
         if "exp_avg_sq.codes" in state:
             raise ValueError(f"{name}: its second moments are kept in few bits; train with state='fp32' or 'bf16' to save them")
         if "exp_avg_sq_row" in state:
-            v = _joined(state["exp_avg_sq_row"].float(), state["exp_avg_sq_col"].float()).reshape(p.shape)
+            v = _joined(state["exp_avg_sq_row"].double(), state["exp_avg_sq_col"].double()).reshape(p.shape).float()
         elif "exp_avg_sq" in state:
             v = state["exp_avg_sq"].detach().float()
         else:

@@ -25,9 +25,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def masked(
-    models: list[State], base: State, density: Any, rescale: Any, seed: Any, scale: float = 1.0
-) -> list[State]:
+def masked(models: list[State], base: State, density: Any, rescale: Any, seed: Any, scale: float = 1.0) -> list[State]:
     """Task vectors, tensor by tensor."""
     found = []
     for number, model in enumerate(models):

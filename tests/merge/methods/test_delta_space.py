@@ -21,9 +21,7 @@ CASES: list[dict[str, Any]] = [{}, {"a": 0.3, "b": 0.9}]
 
 def reference(models: list[State], base: State, *, a: float = 1.0, b: float = 1.0) -> State:
     one, two = models
-    return {
-        n: w + a * (one[n] - w) + b * (two[n] - w) if w.is_floating_point() else w for n, w in base.items()
-    }
+    return {n: w + a * (one[n] - w) + b * (two[n] - w) if w.is_floating_point() else w for n, w in base.items()}
 
 
 def random(seed: int, *shape: int) -> Tensor:

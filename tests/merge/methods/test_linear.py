@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from merge.cutting import State, family, largest_gap, same
 
 from poise.merge import merge_tensors
 from poise.merge.methods.linear import linear
 from poise.merge.methods.task_arithmetic import task_arithmetic
-
-from merge.cutting import State, family, largest_gap, same
 
 CASES: list[dict[str, Any]] = [{}, {"weight": (0.5, 2.0, -1.0)}, {"weight": (0.5, 2.0, -1.0), "normalize": False}]
 
@@ -37,7 +36,8 @@ def test_the_order_of_models_does_not_matter() -> None:
     _, models = family(4)
     weights = (0.1, 0.2, 0.3, 0.4)
     backwards = merge_tensors(linear, models[::-1], weight=weights[::-1])
-    assert same({**backwards, "steps": models[0]["steps"]}, merge_tensors(linear, models, weight=weights))
+    gap = largest_gap({**backwards, "steps": models[0]["steps"]}, merge_tensors(linear, models, weight=weights))
+    assert gap < 2.5e-7  # tenths of float32 numbers are often in the middle of two
 
 
 def test_it_is_task_arithmetic_with_the_same_normalized_weights() -> None:

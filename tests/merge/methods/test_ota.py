@@ -150,7 +150,11 @@ def test_with_the_true_curvature_it_is_the_minimum_of_the_summed_quadratics() ->
         n: sum(v[n] * m[n] for v, m in zip(curvature, models, strict=True)) / sum(v[n] for v in curvature) for n in curvature[0]
     }
     assert largest_gap({n: best[n] for n in minimum}, minimum) < 1e-13
-    others = [merge_tensors(linear, models, base), merge_tensors(ties, models, base, density=1.0), merge_tensors(ties, models, base)]
+    others = [
+        merge_tensors(linear, models, base),
+        merge_tensors(ties, models, base, density=1.0),
+        merge_tensors(ties, models, base),
+    ]
     assert all(loss(best, models, curvature) < 0.8 * loss(other, models, curvature) for other in others)
     assert loss(best, models, curvature) < loss(merge_tensors(ota, models, base, moments=curvature), models, curvature)
 
@@ -209,12 +213,12 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="moments: 1 mappings, but 2 models"):
         merge_tensors(ota, models, base, moments=v[:1])
     v[1]["embed.weight"][0, 0] = -1.0
-    with pytest.raises(ValueError, match="moments of model 1: 'embed.weight' has entries below 0"):
+    with pytest.raises(ValueError, match=r"moments of model 1: 'embed.weight' has entries below 0"):
         merge_tensors(ota, models, base, moments=v)
     with pytest.raises(ValueError, match="without a base"):
         merge_tensors(ota, models, moments=moments(2), rescale=True)
     del v[1]["embed.weight"]
-    with pytest.raises(ValueError, match="moments of model 1: tensor 'embed.weight' is missing"):
+    with pytest.raises(ValueError, match=r"moments of model 1: tensor 'embed.weight' is missing"):
         merge_tensors(ota, models, base, moments=v)
     with pytest.raises(ValueError, match="compress=0"):
         merge_tensors(ota, models, base, moments=moments(2), compress=0)

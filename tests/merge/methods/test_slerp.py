@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from merge.cutting import State, draw, family, largest_gap, same
 from torch import Tensor
 
 from poise.merge import merge_tensors
 from poise.merge.methods.slerp import slerp
-
-from merge.cutting import State, draw, family, largest_gap, same
 
 COUNT = 2
 WHOLE = {"t": 1.0}

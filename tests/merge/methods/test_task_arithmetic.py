@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from merge.cutting import State, family, largest_gap, same
 
 from poise.merge import merge_tensors
 from poise.merge.methods.task_arithmetic import task_arithmetic
-
-from merge.cutting import State, family, largest_gap, same
 
 CASES: list[dict[str, Any]] = [{}, {"weight": (0.5, 2.0, -1.0), "lambda_": 0.4, "normalize": True}]
 EQUAL = {"normalize": True}
@@ -44,7 +43,8 @@ def test_a_negative_lambda_moves_away_and_zero_stays() -> None:
 def test_the_order_of_models_does_not_matter() -> None:
     base, models = family(4)
     found = merge_tensors(task_arithmetic, models, base, weight=(0.1, 0.2, 0.3, 0.4))
-    assert same(merge_tensors(task_arithmetic, models[::-1], base, weight=(0.4, 0.3, 0.2, 0.1)), found)
+    backwards = merge_tensors(task_arithmetic, models[::-1], base, weight=(0.4, 0.3, 0.2, 0.1))
+    assert largest_gap(backwards, found) < 2.5e-7
 
 
 def test_integers_and_booleans_are_the_bases() -> None:

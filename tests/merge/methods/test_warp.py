@@ -45,7 +45,10 @@ def test_unit_vectors_stay_so_where_their_linear_mean_is_shorter(angle: float) -
         x, y = turned(1.0, cos, 1.0, share)
         assert math.sqrt(x * x + y * y + 2 * x * y * cos) == pytest.approx(1, abs=1e-12)
     base = {"w": torch.zeros(1, 2, dtype=torch.float64)}
-    models = [{"w": torch.tensor([[1.0, 0.0]], dtype=torch.float64)}, {"w": torch.tensor([[cos, math.sin(angle)]], dtype=torch.float64)}]
+    models = [
+        {"w": torch.tensor([[1.0, 0.0]], dtype=torch.float64)},
+        {"w": torch.tensor([[cos, math.sin(angle)]], dtype=torch.float64)},
+    ]
     assert float(merge_tensors(warp, models, base, eta=1.0)["w"].norm()) == pytest.approx(1, abs=1e-12)
     assert float(merge_tensors(linear, models)["w"].norm()) == pytest.approx(math.cos(angle / 2), abs=1e-12)
 
@@ -66,8 +69,16 @@ def test_many_orthogonal_runs_keep_their_length_and_weigh_the_same() -> None:
 def test_the_angle_is_one_of_a_whole_layer() -> None:
     """In one layer, a tensor that both runs moved alike and one that they moved oppositely."""
     base = {"layers.0.a": torch.zeros(2), "layers.0.b": torch.zeros(2), "head.weight": torch.zeros(2)}
-    one = {"layers.0.a": torch.tensor([1.0, 0.0]), "layers.0.b": torch.tensor([0.0, 1.0]), "head.weight": torch.tensor([1.0, 0.0])}
-    two = {"layers.0.a": torch.tensor([1.0, 0.0]), "layers.0.b": torch.tensor([0.0, -1.0]), "head.weight": torch.tensor([0.0, 1.0])}
+    one = {
+        "layers.0.a": torch.tensor([1.0, 0.0]),
+        "layers.0.b": torch.tensor([0.0, 1.0]),
+        "head.weight": torch.tensor([1.0, 0.0]),
+    }
+    two = {
+        "layers.0.a": torch.tensor([1.0, 0.0]),
+        "layers.0.b": torch.tensor([0.0, -1.0]),
+        "head.weight": torch.tensor([0.0, 1.0]),
+    }
     whole = merge_tensors(warp, [one, two], base, eta=1.0)  # the two are orthogonal as a layer: each with 1 / sqrt 2
     assert whole["layers.0.a"].tolist() == pytest.approx([math.sqrt(2), 0.0])
     assert whole["head.weight"].tolist() == pytest.approx([math.sqrt(0.5)] * 2)
