@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,10 @@ def merge_cut(
             whole = torch.cat(parts) if first[name].ndim else parts[0]
             found[name] = whole.to(first[name].dtype)
     return found
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)
 
 
 def largest_gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

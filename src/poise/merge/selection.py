@@ -59,7 +59,7 @@ class Largest:
                 _check(place, number, score, density[number])
             cut, bits = self._cut(number, place), pattern(score)
             if round == 0:
-                cut.wanted += Fraction(str(density[number])) * bits.numel()  # 0.29 of 100 are 29, which 0.29 * 100 is not
+                cut.wanted += share(density[number]) * bits.numel()
                 cut.size += bits.numel()
                 self._counts[number] += torch.bincount(bits >> 16, minlength=HALF)
             elif round == 1 and cut.bits >= 0:
@@ -107,6 +107,11 @@ class Largest:
                 low, cut.rest = _nth_largest(self._counts[number], cut.rest)
                 cut.bits = cut.bits << 16 | low
         self._counts.zero_()
+
+
+def share(density: float) -> Fraction:
+    """The simple fraction that is meant: 0.29 of 100 are 29 and 1 / 3 of 3 is 1, where floating-point products are below."""
+    return Fraction(density).limit_denominator(10**9)
 
 
 def pattern(score: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,8 @@ def test_coefficients_of_zero_and_one_are_the_parents_bit_for_bit() -> None:
         assert largest_gap(fused(one, two, rule, 0.5), one) > 0.01
 
 
-def report(study: object = fusion_study) -> FusionReport:
+def report(study: Any = fusion_study) -> FusionReport:
     start, one, two = ({"w": torch.tensor([[value, 1.0]])} for value in (0.0, 1.0, 3.0))
-    assert callable(study)
     return study(start, one, two, first_entry, names=("sft", "kto"), rules=("linear",), coefficients=(0.25, 1.0))
 
 

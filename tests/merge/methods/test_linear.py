@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from merge.cutting import State, family, largest_gap, same
+from merge.cutting import State, family, largest_gap, same, total
 
 from poise.merge import merge_tensors
 from poise.merge.methods.linear import linear
@@ -16,8 +16,8 @@ CASES: list[dict[str, Any]] = [{}, {"weight": (0.5, 2.0, -1.0)}, {"weight": (0.5
 
 
 def reference(models: list[State], base: State, *, weight: Any = (1.0, 1.0, 1.0), normalize: bool = True) -> State:
-    total = sum(weight) if normalize else 1.0
-    found = {n: sum(w * m[n].double() for w, m in zip(weight, models, strict=True)) / total for n in base if n != "used"}
+    divisor = sum(weight) if normalize else 1.0
+    found = {n: total(w * m[n].double() for w, m in zip(weight, models, strict=True)) / divisor for n in base if n != "used"}
     return {**found, "steps": base["steps"], "used": base["used"]}
 
 

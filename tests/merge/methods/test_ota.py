@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from merge.cutting import State, family, largest_gap, moments, same
+from merge.cutting import State, family, largest_gap, moments, same, total
 from torch import Tensor
 
 from poise.merge import merge_tensors
@@ -89,17 +89,17 @@ def reference(
             for v, s, keep in zip(vs, scale, kept, strict=True):
                 p = v[n].pow(power)
                 ps.append((s * p / (s * 0 + p.mean() if divide_by_mean else 1.0) + 1e-26) * keep)
-            total = sum(ps)
-            step = sum(p * m for p, m in zip(ps, moved, strict=True)) / torch.where(total > 0, total, 1.0)
+            weight = total(ps)
+            step = total(p * m for p, m in zip(ps, moved, strict=True)) / torch.where(weight > 0, weight, 1.0)
         else:
             if average == "ties":
                 moved = [m * top({n: m.abs()}, trim)[n] for m in moved]
-                sign = torch.where(sum(moved) >= 0, 1.0, -1.0)
+                sign = torch.where(total(moved) >= 0, 1.0, -1.0)
                 moved = [torch.where(m.sign() == sign, m, 0.0) for m in moved]
-            step = sum(moved) / len(moved)
+            step = total(moved) / len(moved)
         if fallback == "mean":
             alone = ~torch.stack(kept).any(0)
-            step = torch.where(alone, sum(tau[n] for tau in taus) / len(taus), step)
+            step = torch.where(alone, total(tau[n] for tau in taus) / len(taus), step)
         found[n] = base[n].double() + step
     return found
 
@@ -147,7 +147,8 @@ def test_with_the_true_curvature_it_is_the_minimum_of_the_summed_quadratics() ->
     base, models, curvature = quadratic(3)
     best = merge_tensors(ota, models, base, moments=curvature, power=1.0)
     minimum = {
-        n: sum(v[n] * m[n] for v, m in zip(curvature, models, strict=True)) / sum(v[n] for v in curvature) for n in curvature[0]
+        n: total(v[n] * m[n] for v, m in zip(curvature, models, strict=True)) / total(v[n] for v in curvature)
+        for n in curvature[0]
     }
     assert largest_gap({n: best[n] for n in minimum}, minimum) < 1e-13
     others = [
@@ -191,9 +192,9 @@ def test_without_a_base_models_are_averaged_and_masked_by_their_moments() -> Non
     masks = [top(one, 0.5) for one in v]
     for n in v[0]:
         ps = [one[n].double().sqrt() * mask[n] for one, mask in zip(v, masks, strict=True)]
-        total = sum(ps)
+        weight = total(ps)
         mean = (models[0][n] + models[1][n]) / 2
-        wanted = torch.where(total > 0, sum(p * m[n] for p, m in zip(ps, models, strict=True)) / total, mean)
+        wanted = torch.where(weight > 0, total(p * m[n] for p, m in zip(ps, models, strict=True)) / weight, mean)
         assert not wanted.numel() or float((found[n] - wanted).abs().max()) < 1e-12
 
 

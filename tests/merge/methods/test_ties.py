@@ -107,10 +107,11 @@ def test_exactly_so_many_entries_are_kept() -> None:
     """0.29 * 100 is 28.999999999999996 in floating point; a threshold with >= would keep all of the equal ones."""
     base = {"a": torch.zeros(60), "b": torch.zeros(40)}
     equal = {"a": torch.ones(60), "b": torch.ones(40)}
-    for density, kept in ((0.29, 29), (0.615, 61), (0.0, 0), (1.0, 100)):
+    for density, kept in ((0.29, 29), (0.615, 61), (1 / 3, 33), (0.07, 7), (0.0, 0), (1.0, 100)):
         found = merge_tensors(ties, [equal], base, density=density)
         assert int(flat(found).count_nonzero()) == kept
         assert torch.equal(flat(found)[:kept], torch.ones(kept, dtype=torch.float64))  # of equal ones, the first
+    assert vectors([1.0, 2.0, 3.0], density=1 / 3) == [0, 0, 3]
 
 
 def test_the_threshold_is_one_over_the_whole_model_unless_told() -> None:
