@@ -80,7 +80,8 @@ def dropped(delta: Tensor, **settings: Any) -> Tensor:
 
 def test_over_seeds_the_mean_is_the_task_vector_and_squares_grow_by_the_inverse_of_the_density() -> None:
     delta = torch.linspace(0.5, 1.5, 50)
-    draws = torch.stack([dropped(delta, density=0.1, seed=seed) for seed in range(2000)])
+    rows = delta.expand(100, 50)
+    draws = torch.cat([dropped(rows, density=0.1, seed=seed) for seed in range(20)])
     off = (draws.mean(0) - delta) / delta  # 2000 draws of standard deviation 3
     assert float(off.abs().max()) < 5 * 3 / math.sqrt(2000)
     assert float(draws.square().mean(0).div(delta.square()).mean()) == pytest.approx(10, abs=0.4)
@@ -125,12 +126,14 @@ def test_nothing_dropped_is_task_arithmetic() -> None:
 
 def test_rescaling_to_the_l1_norm_keeps_it_and_is_biased_for_small_tensors() -> None:
     delta = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.5
-    draws = torch.stack([dropped(delta, density=0.1, seed=seed, rescale="l1") for seed in range(3000)])
+    many = {f"t{i}": delta for i in range(300)}
+    base = {name: torch.zeros(16) for name in many}
+    draws = torch.stack(list(merge_tensors(dare_linear, [many], base, density=0.1, rescale="l1").values()))
     sums = draws.sum(1)
     assert torch.allclose(sums[sums > 0], delta.sum().expand(int((sums > 0).sum())), rtol=1e-5)
-    inverse = torch.stack([dropped(delta, density=0.1, seed=seed) for seed in range(3000)])
-    assert float(inverse.mean() / delta.mean()) == pytest.approx(1, abs=0.05)
-    assert float(draws.mean() / delta.mean()) < 0.9  # where nothing is left, nothing is scaled up
+    inverse = torch.stack(list(merge_tensors(dare_linear, [many], base, density=0.1).values()))
+    assert float(inverse.mean() / delta.mean()) == pytest.approx(1, abs=0.15)
+    assert float(draws.mean() / delta.mean()) < 0.88  # where nothing is left, nothing is scaled up
 
 
 def test_dare_ties_elects_signs() -> None:

@@ -140,7 +140,7 @@ def anchors_error(method: type[WarpTraining], mu: float, steps: int) -> float:
     training = method(policy, supervised, sgd(0.1), mu=mu)
     for _ in range(steps):
         training.follow(anchor, policy)
-    return float(((policy.weight - anchor.weight) / first).mean())
+    return float(((policy.weight - anchor.weight) / first).detach().mean())
 
 
 @pytest.mark.parametrize("mu", [0.01, 0.1])
