@@ -39,7 +39,9 @@ def agreeing(
     sides = [(f * d).sign() for f, d in zip(factors, deltas, strict=True)]
     agree = [(side == elected) & (side != 0) for side in sides]
     if disjoint == "mean":
-        divisor = sum((a * w for a, w in zip(agree, weights, strict=True)), torch.zeros_like(total))
+        divisor = torch.zeros_like(total)
+        for a, w in zip(agree, weights, strict=True):
+            divisor.add_(a, alpha=w)
         divisor = torch.where(divisor == 0, 1, divisor)
         return [torch.where(a, f / divisor, 0) for a, f in zip(agree, factors, strict=True)]
     if disjoint == "max":

@@ -82,11 +82,11 @@ class Largest:
     def mask(self, place: Place, number: int, score: Tensor) -> Tensor:
         """Which entries of these rows are kept, bool. Right as soon as they were seen in the last round."""
         cut, bits = self._cut(number, place), pattern(score)
-        kept = bits > cut.bits
-        equal = bits == cut.bits
-        if cut.last != NEVER:
-            equal &= torch.arange(place.offset, place.offset + bits.numel()) <= cut.last
-        return (kept | equal).reshape(score.shape)
+        kept = bits >= cut.bits
+        late = max(0, cut.last + 1 - place.offset)  # of the equal ones from here on, none is kept
+        if late < bits.numel():
+            kept[late:] = bits[late:] > cut.bits
+        return kept.reshape(score.shape)
 
     def _cut(self, number: int, place: Place) -> Cut:
         return self._cuts[number].setdefault("" if self.scope == "model" else place.name, Cut())

@@ -19,7 +19,7 @@ from poise.merge.methods.task_arithmetic import task_arithmetic
 WHOLE: dict[str, Any] = {"density": 1.0}
 EQUAL_dare_linear: dict[str, Any] = {"density": 1.0, "normalize": True}
 CASES: list[dict[str, Any]] = [
-    {"density": 0.5, "weight": (1.0, 0.5, 2.0), "lambda_": 0.7},
+    {"density": 0.5, "weight": (1.0, 0.3, 2.1), "lambda_": 0.7},
     {"density": (0.3, 0.9, 1.0), "rescale": "l1", "seed": 5},
     {"density": 0.4, "rescale": False, "seed": (3, 1, 4)},
 ]

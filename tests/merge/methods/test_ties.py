@@ -21,7 +21,7 @@ NAN = "refused"
 WHOLE: dict[str, Any] = {"density": 1.0}
 CASES: list[dict[str, Any]] = [
     {},
-    {"density": (0.5, 0.1, 1.0), "lambda_": 0.7, "weight": (1.0, 0.5, 2.0)},
+    {"density": (0.5, 0.1, 1.0), "lambda_": 0.7, "weight": (1.0, 0.3, 2.1)},
     {"trim_scope": "tensor", "disjoint": "sum"},
     {"density": 0.4, "disjoint": "max"},
 ]
