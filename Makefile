@@ -50,7 +50,7 @@ $(VENV)/.compare: $(PROJECT) $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: $(PROJECT) $(VENV)/.torch
-	$(PIP) --editable '.[compare,hf,peers,test]'
+	$(PIP) --editable '.[compare,evolve,hf,peers,test]'
 	@touch $@ $(VENV)/.compare
 
 # timm asks for torchvision, which its optimizers have no use for, and whose published builds do not fit every build of torch.
@@ -60,7 +60,7 @@ $(VENV)/.bench: $(VENV)/.test
 
 # The type checker reads what the tests import, so it needs all of that as well.
 $(VENV)/.lint: $(PROJECT) $(VENV)/.torch
-	$(PIP) --editable '.[compare,hf,peers,test,lint,docs]'
+	$(PIP) --editable '.[compare,evolve,hf,peers,test,lint,docs]'
 	@touch $@ $(VENV)/.compare $(VENV)/.test
 
 # The page of results.json is made from its schema, which needs what compares.

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": tuple(f"poise.training.{room}" for room in ("drivers", "implicit", "layers", "losses", "solvers", "symmetry")),
     "memory": ("poise.memory",),
     "linalg": ("poise.linalg", "poise.linalg.solvers"),
+    "merge": ("poise.merge.methods",),
     "compare": ("poise.compare.protocols",),
 }
 NEEDS_EXTRA = {"compare"}  # rooms that the core dependencies do not open; without the extra their methods are not listed

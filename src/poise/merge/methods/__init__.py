@@ -1,0 +1,1 @@
+"""Merge methods, one paper a file."""
