@@ -34,7 +34,16 @@ class Part:
         return torch.tensor([place for some in self.ranges for place in some], dtype=torch.int64)
 
 
-def parts(role: str, label: str, outputs: int, heads: Attention | None, config: Mapping[str, Any], *, width: int | None, alternate: bool) -> tuple[Part, ...]:
+def parts(
+    role: str,
+    label: str,
+    outputs: int,
+    heads: Attention | None,
+    config: Mapping[str, Any],
+    *,
+    width: int | None,
+    alternate: bool,
+) -> tuple[Part, ...]:
     """The parts of a projection with `outputs` outputs; none if it is not fused, or the numbers do not agree.
 
     Three orders are in use.

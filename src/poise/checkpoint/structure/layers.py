@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from .words import EXPERT
 
 # A block that is there once cannot repeat. It counts for this much: more than chance likeness, less than true repetition.
 ALONE = 0.5
-ALIKE = 0.7  # from here on blocks repeat, however many extra names the first one has
+ALIKE = 2 / 3  # from here on blocks repeat, however many extra names the first one has
 LEAST = 0.25  # of what counts at all
 
 
@@ -61,7 +62,7 @@ def layers(names: Iterable[str]) -> dict[str, Where]:
 def likeness(blocks: Mapping[int, set[str]]) -> list[float]:
     """How alike consecutive blocks are, each in [0, 1]; empty of a single one."""
     sets = [blocks[number] for number in sorted(blocks)]
-    return [len(a & b) / len(a | b) for a, b in zip(sets, sets[1:], strict=False)]
+    return [len(a & b) / len(a | b) for a, b in pairwise(sets)]
 
 
 def _alone(blocks: Mapping[int, set[str]]) -> float:
@@ -72,7 +73,7 @@ def _alone(blocks: Mapping[int, set[str]]) -> float:
 def expert_of(name: str) -> int | None:
     """The number of a numbered expert: `...experts.5.w1.weight`."""
     parts = name.split(".")
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         if part.isdigit() and EXPERT.search(before):
             return int(part)
     return None

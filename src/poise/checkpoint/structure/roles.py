@@ -97,12 +97,14 @@ def named(name: str) -> Named:
     # GGUF and some others put the part before the name of the layer: attn_q, ffn_gate.
     if (found := re.fullmatch(r"(attn|ffn)_(?!norm)(\w+)", label, re.IGNORECASE)) and found[2] != "output":
         label, context = found[2], [*context, found[1]]
-    elif label in ("attn_output",):
+    elif label == "attn_output":
         label, context = "output", [*context, "attn"]
     return Named(".".join(owner), label, tuple(context), own)
 
 
-def role_of(name: str, shape: torch.Size, floating: bool, *, owners: Collection[str], layered: bool, vocabulary: int | None) -> str:
+def role_of(
+    name: str, shape: torch.Size, floating: bool, *, owners: Collection[str], layered: bool, vocabulary: int | None
+) -> str:
     """One of `ROLES`.
 
     Args:
