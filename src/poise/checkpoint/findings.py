@@ -41,7 +41,7 @@ class Finding:
 
 def findings(checkpoint: Checkpoint, structure: Structure, tensors: Mapping[str, Tensor]) -> list[Finding]:
     """Everything that stands out in the tensors that were measured, the worst first, in the order of the checkpoint."""
-    found = [Finding("error", str(says)) for says in getattr(checkpoint, "warnings", ())] or of_head(structure)
+    found = [Finding("error", str(says)) for says in checkpoint.warnings] or of_head(structure)
     found += [*of_ties(checkpoint, structure, tensors), *of_vocabulary(checkpoint.config, structure), *of_dtypes(tensors)]
     for tensor in tensors.values():
         found += of_tensor(tensor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,24 +81,35 @@ def run(checkpoint: Checkpoint, inputs: dict[str, Tensor], device: str) -> tuple
     path = directory(checkpoint)
     names = [name for name in checkpoint.config.get("architectures") or () if hasattr(transformers, name)]
     kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-    said = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
-        model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval().to(device)
-        given = {name: tensor.to(device) for name, tensor in inputs.items()}
-        if getattr(model.config, "is_encoder_decoder", False):
-            given["decoder_input_ids"] = given["input_ids"]
-        with torch.no_grad():
+        with silenced(transformers), torch.no_grad():
+            model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval().to(device)
+            given = {name: tensor.to(device) for name, tensor in inputs.items()}
+            if getattr(model.config, "is_encoder_decoder", False):
+                given["decoder_input_ids"] = given["input_ids"]
             out: Any = model(**given)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"transformers cannot run it: {str(error).strip().splitlines()[0]}", cure="see what config.json asks for", file=path
         ) from error
-    finally:
-        transformers.logging.set_verbosity(said)
     logits = next((out[key] for key in ("logits", "prediction_logits") if key in out), None)
     result = out["last_hidden_state"] if logits is None else logits
     return result.detach().float().cpu(), logits is not None
+
+
+@contextmanager
+def silenced(transformers: Any) -> Iterator[None]:
+    """Without its warnings and its progress bars."""
+    logging = transformers.utils.logging
+    said, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(said)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def inputs_of(checkpoint: Checkpoint, text: Path | None, seed: int) -> tuple[dict[str, Tensor], str]:

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from poise.cli.exits import INTERRUPTED, bad_input, interruptible, stop
-from poise.cli.methods import terminal_or_wide
 from poise.cli.plan import size
 from poise.cli.progress import Bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from poise.checkpoint.inspecting import Inspection, Tensor
 
 PATH = "A directory of a model or an adapter, or a file of safetensors, GGUF or torch.save."
@@ -32,6 +31,8 @@ SORTS = {
     "condition": lambda t: -(number(t.spectrum.condition) if t.spectrum is not None else -math.inf),
 }
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+SPECTRAL = ("s1", "stable rank", "eff. rank", "condition")
+WIDE = 240
 LISTED = 20  # findings in the terminal; JSON and the page have all of them
 
 
@@ -71,9 +72,15 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
     elif not quiet:
-        show(found, sort, terminal_or_wide())
+        show(found, sort, console())
         if html is not None:
             typer.echo(f"written: {html}")
+
+
+def console() -> Console:
+    """As wide as the terminal; where there is none, wide enough for the longest names."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDE)
 
 
 def step(bar: Bar, name: str) -> None:
@@ -105,7 +112,7 @@ def totals(found: Inspection) -> str:
 
 
 def summary(title: str, sums: dict[str, tuple[int, int, int]]) -> Table:
-    table = Table(title, "tensors", "parameters", "bytes", "share")
+    table = Table(title, "tensors", "parameters", "bytes", "share", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     whole = sum(nbytes for _, _, nbytes in sums.values())
     for column in table.columns[1:]:
         column.justify = "right"
@@ -116,30 +123,26 @@ def summary(title: str, sums: dict[str, tuple[int, int, int]]) -> Table:
 
 
 def tensors(found: Inspection, sort: str) -> Table:
+    """Every tensor in a line; columns that would say the same of all of them are left out."""
     spectral = any(tensor.spectrum is not None for tensor in found.tensors)
-    columns = ["norm", "rms", "mean", "|max|/rms", "kurtosis", "zeros"]
-    table = Table(
-        "tensor", "role", "dtype", "shape", *columns, *(["s1", "stable", "effective", "condition"] if spectral else [])
-    )
-    for column in table.columns[4:]:
-        column.justify = "right"
+    several = len(found.dtypes) > 1
+    table = Table("tensor", "role", "shape", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.columns[0].overflow = "fold"
+    if several:
+        table.add_column("dtype", no_wrap=True)
+    for heading in ("norm", "rms", "max/rms", "kurtosis", "zeros", *(SPECTRAL if spectral else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
     for tensor in ordered(found.tensors, sort):
-        seen, spectrum = tensor.statistics, tensor.spectrum
-        cells = [short(seen.norm), short(seen.rms), short(seen.mean), short(seen.largest), short(seen.kurtosis)]
-        cells.append(f"{seen.zeros / seen.count:.1%}" if seen.zeros else "")
-        if spectral:
-            values = (
-                (None,) * 4
-                if spectrum is None
-                else (spectrum.spectral, spectrum.stable_rank, spectrum.effective_rank, spectrum.condition)
-            )
-            cells += [short(value) for value in values]
-        dtype = str(tensor.info.dtype).removeprefix("torch.")
+        seen, what, spectrum = tensor.statistics, tensor.described, tensor.spectrum
         shape = " x ".join(map(str, tensor.info.shape)) or "0-d"
-        role = tensor.described.role + (" (in, out)" if tensor.described.inputs_first else "")
-        style = "red" if seen.nan or seen.inf else None
-        table.add_row(escape(tensor.name), role, dtype, shape, *cells, style=style)
+        cells = [escape(tensor.name), what.role, shape + (" (in, out)" if what.inputs_first else "")]
+        cells += [str(tensor.info.dtype).removeprefix("torch.")] if several else []
+        cells += [short(value) for value in (seen.norm, seen.rms, seen.largest, seen.kurtosis)]
+        cells.append(f"{seen.zeros / seen.count:.1%}" if seen.zeros else "")
+        if spectral and spectrum is not None:
+            values = (spectrum.spectral, spectrum.stable_rank, spectrum.effective_rank, spectrum.condition)
+            cells += [short(value) for value in values]
+        table.add_row(*cells, style="red" if seen.nan or seen.inf else None)
     return table
 
 
