@@ -154,8 +154,9 @@ def verify(
             reshaped[name] = (tuple(left.shape), tuple(right.shape))
         else:
             tensors.append(difference(a, names_a[name], b, names_b[name], name))
-    only_a = [name for name in names_a if name not in names_b]
-    only_b = [name for name in names_b if name not in names_a]
+    # A name that is tied is no tensor of its own: the other's model ties it too, unless it would begin with a random head.
+    only_a = [name for name in (names_a if head_b.problem else a) if name not in names_b]
+    only_b = [name for name in (names_b if head_a.problem else b) if name not in names_a]
     diverged, missing = None, "not asked for" if outputs is None else None
     if outputs is not None:
         if reshaped or only_a or only_b:

@@ -113,7 +113,7 @@ def gather(parts: Iterable[Tensor], shape: torch.Size) -> Statistics:
         std=std,
         rms=rms,
         norm=math.sqrt(moments.squares),
-        kurtosis=moments.m4 / moments.count / std**4 if std > 0 and std**4 > 0 else math.nan,
+        kurtosis=kurtosis(moments),
         largest=biggest / rms if scaled else math.nan,
         beyond=spread.beyond(BEYOND * rms) / moments.count if scaled else math.nan,
         zero_rows=zero_rows,
@@ -121,6 +121,11 @@ def gather(parts: Iterable[Tensor], shape: torch.Size) -> Statistics:
         first_bad=first_bad,
         histogram=spread.histogram(rms) if scaled else (),
     )
+
+
+def kurtosis(moments: Moments) -> float:
+    squares = moments.m2 * moments.m2
+    return moments.count * moments.m4 / squares if 0 < squares < math.inf else math.nan
 
 
 class Moments:
@@ -149,10 +154,11 @@ class Moments:
         self.low, self.high = min(self.low, low), max(self.high, high)
         a, total = self.count, self.count + n
         gap = mean - self.mean
-        self.m4 += m4 + gap**4 * a * n * (a * a - a * n + n * n) / total**3
-        self.m4 += 6 * gap**2 * (a * a * m2 + n * n * self.m2) / total**2 + 4 * gap * (a * m3 - n * self.m3) / total
-        self.m3 += m3 + gap**3 * a * n * (a - n) / total**2 + 3 * gap * (a * m2 - n * self.m2) / total
-        self.m2 += m2 + gap**2 * a * n / total
+        gap2 = gap * gap  # not gap**2, which raises where this is infinite
+        self.m4 += m4 + gap2 * gap2 * a * n * (a * a - a * n + n * n) / total**3
+        self.m4 += 6 * gap2 * (a * a * m2 + n * n * self.m2) / total**2 + 4 * gap * (a * m3 - n * self.m3) / total
+        self.m3 += m3 + gap2 * gap * a * n * (a - n) / total**2 + 3 * gap * (a * m2 - n * self.m2) / total
+        self.m2 += m2 + gap2 * a * n / total
         self.mean += gap * n / total
         self.count = total
 
