@@ -87,9 +87,13 @@ def test_what_cannot_be_run_says_why(two: tuple[Path, Path], tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"weights in memory: no directory with a config\.json"):
         diverge(a, StateDict({"w": torch.zeros(2)}))
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="neither vocab_size nor image_size"):
-        diverge(open_checkpoint(tmp_path / "w.safetensors"), a)
+    with pytest.raises(ValueError, match=r"w\.safetensors: no directory with a config\.json"):
+        diverge(a, open_checkpoint(tmp_path / "w.safetensors"))
     config = json.loads((two[1] / "config.json").read_text())
+    bare = {key: value for key, value in config.items() if key != "vocab_size"}
+    (two[1] / "config.json").write_text(json.dumps(bare))
+    with pytest.raises(ValueError, match="neither vocab_size nor image_size"):
+        diverge(open_checkpoint(two[1]), a)
     (two[1] / "config.json").write_text(json.dumps(config | {"hidden_act": "nonsense"}))
     with pytest.raises(ValueError, match="transformers cannot run it"):
         diverge(a, open_checkpoint(two[1]))

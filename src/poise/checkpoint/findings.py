@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .statistics import tiles
 from .structure import Structure
 from .structure.heads import number
-from .structure.ties import asks
+from .structure.ties import insists
 
 if TYPE_CHECKING:
     from .inspecting import Tensor
@@ -91,10 +91,10 @@ def of_ties(checkpoint: Checkpoint, structure: Structure, tensors: Mapping[str, 
     if checkpoint.info(head).shape != checkpoint.info(embedding).shape:
         return []
     equal = same(checkpoint, head, embedding)
-    if equal and not asks(checkpoint.config):
+    if equal and not insists(checkpoint.config):
         size = checkpoint.info(head).nbytes
         return [Finding("note", f"equal to {embedding!r} in every bit; tied, the model would be {size:,} bytes smaller", head)]
-    if not equal and checkpoint.config and asks(checkpoint.config):
+    if not equal and insists(checkpoint.config):
         says = (
             f"config.json ties it to {embedding!r}, from which it differs: one of the two will be dropped; "
             "say tie_word_embeddings: false"

@@ -51,6 +51,8 @@ def diverge(a: Checkpoint, b: Checkpoint, *, text: Path | None = None, seed: int
         ValueError: if one of them is no directory that transformers can build a model from, if transformers is not installed,
             or if their vocabularies differ.
     """
+    for checkpoint in (a, b):
+        directory(checkpoint)
     inputs, called = inputs_of(a, text, seed)
     left, right = (run(checkpoint, inputs, device) for checkpoint in (a, b))
     if left[0].shape != right[0].shape:

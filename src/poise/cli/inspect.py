@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from poise.cli.exits import INTERRUPTED, bad_input, interruptible, stop
+from poise.cli.exits import INTERRUPTED, USAGE, bad_input, interruptible, stop
 from poise.cli.plan import size
 from poise.cli.progress import Bar
 
@@ -60,8 +60,10 @@ def inspect(
         opened = weights.open_checkpoint(path, strict=False)
         names = inspecting.matching(opened, match)
     try:
-        with interruptible(), bad_input(), Bar(len(names), quiet=quiet or as_json) as bar:
+        with interruptible(), Bar(len(names), quiet=quiet or as_json) as bar:
             found = inspecting.inspect(opened, match=match, spectra=spectra, advance=lambda name: step(bar, name))
+    except (weights.CheckpointError, OSError) as error:
+        raise stop(f"poise: {error}", USAGE) from error
     except KeyboardInterrupt:
         raise stop("poise: interrupted", INTERRUPTED) from None
     if html is not None:

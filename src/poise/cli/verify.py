@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from poise.cli.compare import device_of
-from poise.cli.exits import BROKEN, INTERRUPTED, bad_input, interruptible, stop
+from poise.cli.exits import BROKEN, INTERRUPTED, USAGE, bad_input, interruptible, stop
 from poise.cli.inspect import PATH, short, step
 from poise.cli.methods import terminal_or_wide
 from poise.cli.progress import Bar
@@ -60,7 +61,7 @@ def verify(
         left, right = weights.open_checkpoint(a, strict=False), weights.open_checkpoint(b, strict=False)
     bounds = comparing.Bounds(max_error, max_kl, max_loss_increase)
     try:
-        with interruptible(), bad_input(), Bar(len(left), quiet=quiet or as_json) as bar:
+        with interruptible(), Bar(len(left), quiet=quiet or as_json) as bar:
             found = comparing.verify(
                 left,
                 right,
@@ -69,6 +70,8 @@ def verify(
                 score=None if problem is None else (lambda checkpoint: scoring.score(problem, checkpoint, device=where)),
                 advance=lambda name: step(bar, name),
             )
+    except (weights.CheckpointError, OSError) as error:
+        raise stop(f"poise: {error}", USAGE) from error
     except KeyboardInterrupt:
         raise stop("poise: interrupted", INTERRUPTED) from None
     if as_json:
@@ -82,7 +85,7 @@ def verify(
 def show(found: Comparison, console: Console, task: str) -> None:
     changed = sorted((one for one in found.tensors if not one.equal), key=lambda one: -one.max_error)
     if changed:
-        table = Table("tensor", "dtype", "max error", "at", "relative", "cosine")
+        table = Table("tensor", "dtype", "max error", "at", "relative", "cosine", box=SIMPLE_HEAD, pad_edge=False)
         for column in table.columns[2:]:
             column.justify = "right"
         for one in changed[:SHOWN]:

@@ -61,6 +61,13 @@ def tied(
     return Tied(embedding, None, shared=wanted, problem=problem)
 
 
+def insists(config: Mapping[str, Any]) -> bool:
+    """Whether config says in so many words that the head is tied."""
+    inner = config.get("text_config")
+    parts = [config, inner] if isinstance(inner, Mapping) else [config]
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
 def asks(config: Mapping[str, Any]) -> bool:
     """Whether config asks for a tied head. The key is left out where it is true, which is what it is unless said otherwise."""
     inner = config.get("text_config")
