@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from poise.checkpoint import StateDict, comparing
-from poise.checkpoint.comparing import Bounds, Comparison, difference, verify
+from poise.checkpoint import StateDict
+from poise.checkpoint import difference as differing
+from poise.checkpoint.comparing import Bounds, Comparison, verify
+from poise.checkpoint.difference import Difference, difference
 from poise.checkpoint.outputs import Divergence, between
 
 
@@ -18,7 +20,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(a: Tensor, b: Tensor) -> comparing.Difference:
+def pair(a: Tensor, b: Tensor) -> Difference:
     return difference(StateDict({"w": a}), "w", StateDict({"w": b}), "w")
 
 
@@ -28,7 +30,7 @@ def compare(a: dict[str, Tensor], b: dict[str, Tensor], **bounds: float) -> Comp
 
 @pytest.fixture(autouse=True)
 def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "TILE_BYTES", 8 * 50)
+    monkeypatch.setattr(differing, "TILE_BYTES", 8 * 50)
 
 
 def test_what_is_the_same_is_equal_and_breaks_nothing() -> None:

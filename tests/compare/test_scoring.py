@@ -9,8 +9,7 @@ from torch import nn
 from poise.checkpoint import CheckpointError, StateDict
 from poise.compare.loop import evaluate
 from poise.compare.scoring import score
-from poise.compare.tasks import Task
-from poise.compare.tasks.digits import Task as Digits
+from poise.compare.tasks import Task, load
 from poise.models import GPT, GPTConfig
 
 
@@ -30,7 +29,7 @@ class Tied:
 
 
 def test_the_loss_is_that_of_the_model_the_weights_are_from() -> None:
-    task = Digits()
+    task = load("digits")
     torch.manual_seed(3)
     model = task.model()
     assert score(task, StateDict(model)) == evaluate(task, model, "report", 0)
@@ -51,7 +50,7 @@ def test_tied_weights_may_be_stored_either_way(stored: str) -> None:
 
 
 def test_weights_of_another_model_are_refused_by_name() -> None:
-    task = Digits()
+    task = load("digits")
     weights = dict(task.model().state_dict())
     name = next(iter(weights))
     with pytest.raises(CheckpointError, match=f"'{name}': is in the model and not in the checkpoint"):
