@@ -67,6 +67,13 @@ def test_outliers_are_counted_from_six_rms_on() -> None:
     assert found.largest == pytest.approx(50 / found.rms)
 
 
+def test_an_entry_at_the_bound_is_an_outlier() -> None:
+    # 35 zeros beside a one: its size is 6 RMS, a number that bfloat16 holds.
+    tensor = torch.zeros(36)
+    tensor[4] = 1.0
+    assert of(tensor).beyond == 1 / 36
+
+
 @pytest.mark.parametrize("power", range(-3, 4))
 def test_the_bound_of_outliers_is_met_to_eight_bits(power: int) -> None:
     # Entries at 1.01 times the bound count, those at 0.99 do not, wherever the bound lies between powers of two.
@@ -81,10 +88,10 @@ def test_the_bound_of_outliers_is_met_to_eight_bits(power: int) -> None:
 def test_what_is_not_finite_is_counted_and_left_out() -> None:
     tensor = drawn(30, 10)
     clean = tensor.clone()
-    clean[12, 3] = clean[20, 0] = clean[20, 1] = 0
-    tensor[12, 3], tensor[20, 0], tensor[20, 1] = math.nan, math.inf, -math.inf
+    clean[25, 3] = clean[27, 0] = clean[27, 1] = 0
+    tensor[25, 3], tensor[27, 0], tensor[27, 1] = math.nan, math.inf, -math.inf
     found = of(tensor)
-    assert (found.nan, found.inf, found.first_bad) == (1, 2, (12, 3))
+    assert (found.nan, found.inf, found.first_bad) == (1, 2, (25, 3))
     assert found.norm == pytest.approx(float(clean.double().norm()), rel=1e-12)
     assert found.mean == pytest.approx(float(clean.double().sum()) / 297, rel=1e-9)
     assert of(clean).first_bad is None
@@ -93,9 +100,10 @@ def test_what_is_not_finite_is_counted_and_left_out() -> None:
 def test_dead_rows_and_columns_are_counted_across_parts() -> None:
     tensor = drawn(40, 30)
     tensor[[0, 17, 39]] = 0
+    tensor[24:30] = 0  # a part by itself
     tensor[:, 5] = 0
     found = of(tensor)
-    assert (found.zero_rows, found.zero_columns) == (3, 1)
+    assert (found.zero_rows, found.zero_columns) == (9, 1)
     conv = drawn(6, 4, 3, 3)
     conv[2] = 0
     assert (of(conv).zero_rows, of(conv).zero_columns) == (1, 0)

@@ -1,6 +1,7 @@
 """Weights on disk: read lazily, written a tensor at a time, resumed after a crash, verified when done."""
 
 from .checkpoint import Checkpoint, StateDict, TensorInfo, count_rows
+from .comparing import Bounds, Comparison, verify
 from .directory import ModelDirectory, declared_dtype
 from .errors import CheckpointError
 from .gguf import GGUFFile
@@ -12,8 +13,10 @@ from .safetensors_file import SafetensorsFile
 from .sharded import Sharded
 
 __all__ = [
+    "Bounds",
     "Checkpoint",
     "CheckpointError",
+    "Comparison",
     "Delta",
     "Full",
     "GGUFFile",
@@ -28,4 +31,5 @@ __all__ = [
     "count_rows",
     "declared_dtype",
     "open_checkpoint",
+    "verify",
 ]
