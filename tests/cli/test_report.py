@@ -11,12 +11,13 @@ from compare.report_cases import full, later, minimal
 
 from poise.compare import report
 from poise.compare.against import set_beside
+from poise.compare.report import pages
 
 
 @pytest.fixture(autouse=True)
 def studies(poise: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished comparisons in `mine`, `later` and `other`, the last of another task."""
-    monkeypatch.setattr(report, "get_plotlyjs", lambda: "/* plotly.js */")
+    monkeypatch.setattr(pages, "get_plotlyjs", lambda: "/* plotly.js */")
     for name, results in (("mine", full()), ("later", later()), ("other", minimal())):
         results.write(Path(name, "results.json"))
 

@@ -18,6 +18,7 @@ import pytest
 
 from poise.compare import report
 from poise.compare.digits import number, spread
+from poise.compare.report import pages
 from poise.compare.report.again import command
 from poise.compare.report.limits import limits
 from poise.compare.report.looks import HUES, LONGEST, PAGE, THEMES, looks
@@ -90,7 +91,7 @@ def refused(constant: str) -> None:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without plotly's own five megabytes."""
-    monkeypatch.setattr(report, "get_plotlyjs", lambda: "/* plotly.js */")
+    monkeypatch.setattr(pages, "get_plotlyjs", lambda: "/* plotly.js */")
 
 
 def page(results: Results, against: Results | None = None) -> Page:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -47,6 +49,7 @@ class Checkpoint(Mapping[str, Tensor]):
         ties: other name -> stored name.
         side_files: of a directory, what is neither weights nor config: tokenizer, generation config, code, ...
         metadata: strings that the weights' own header carries.
+        warnings: what is wrong with it and keeps nobody from reading it.
     """
 
     path: Path | None = None
@@ -54,6 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
     ties: Mapping[str, str] = {}
     side_files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = {}
+    warnings: tuple[CheckpointError, ...] = ()
 
     @abstractmethod
     def info(self, name: str) -> TensorInfo:

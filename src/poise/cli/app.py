@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import poise
-from poise.cli import compare, methods, plan, report, train
+from poise.cli import compare, inspect, methods, plan, report, train, verify
 
 app = typer.Typer(
     name="poise",
@@ -21,6 +21,8 @@ app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 
 
 def version(asked: bool) -> None:

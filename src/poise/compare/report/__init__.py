@@ -8,10 +8,6 @@ report.write(Results.read(Path("results.json")), Path("report.html"))
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
 from poise.compare import against as beside
 from poise.compare.digits import spread
@@ -21,25 +17,10 @@ from .again import command
 from .charts import budgets, frontier
 from .curves import curves
 from .limits import limits
-from .looks import HUES, INK, PAGE, QUIET, RULE, THEMES, Figure, looks
+from .looks import looks
+from .pages import Chart, page
 from .rows import rows, strips
 from .tuning import tuning
-
-PAGES = Environment(
-    loader=PackageLoader("poise.compare.report", "."),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-
-
-class Chart(NamedTuple):
-    """A figure in the page."""
-
-    id: str
-    says: str  # what it shows, for who cannot see it
-    figure: Figure
 
 
 def render(results: Results, against: Results | None = None) -> str:
@@ -51,7 +32,8 @@ def render(results: Results, against: Results | None = None) -> str:
     compared = [] if against is None else beside.set_beside(results, against)
     names = [found.name for found in results.methods]
     scatters = [(found, looks(results)[found.name], tuning(results, found)) for found in results.methods]
-    return PAGES.get_template("template.html.j2").render(
+    return page(
+        "template.html.j2",
         results=results,
         rows=rows(results),
         charts={
@@ -71,13 +53,6 @@ def render(results: Results, against: Results | None = None) -> str:
         changes=[] if against is None else beside.changes(results, against),
         unshared=((), ()) if against is None else beside.unshared(results, against),
         spread=spread,
-        themes=THEMES,
-        hues=HUES,
-        page=PAGE,
-        ink=INK,
-        quiet=QUIET,
-        rule=RULE,
-        plotly=get_plotlyjs(),
     )
 
 

@@ -16,21 +16,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .tree import Attention, Node, attention, clean, in_block, walk
+from poise.checkpoint.structure.heads import Attention
+from poise.checkpoint.structure.words import DOWN, EMBEDDING, EXPERT, FUSED, HEAD, is_bias
+
+from .tree import Node, attention, clean, in_block, walk
 
 ROLES = ("matrix", "conv", "experts", "embedding", "head", "norm", "bias", "vector", "scalar")
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
-# Names that say "output" wherever they stand outside the blocks, and names that say so only of the very last layer.
-_HEAD = re.compile(r"(\w+_)?heads?(_\w+)?|classifier|(\w+_)?(unembed|logits)(ding)?s?|embed_out", re.IGNORECASE)
+# Names that say "output" only of the very last layer.
 _LAST = re.compile(r"fc_?\d*|output(_\w+)?|out|score|decoder|final(_\w+)?|last(_\w+)?|predictions?", re.IGNORECASE)
-_EMBEDDING = re.compile(r"embed|(^|[._])(wte|wpe|(\w+_)?(emb|table)(_\w+)?)([._]|$)", re.IGNORECASE)
-_DOWN = re.compile(r"(^|_)(down|w2|wo|output)(_|$)", re.IGNORECASE)  # of experts: the projection back to the model's width
 _LOGARITHM = re.compile(r"(^|_)log(_|$)", re.IGNORECASE)
-_EXPERT = re.compile(r"expert", re.IGNORECASE)
-# Projections that keep query, key and value one below the other. `query_key_value` is missing on purpose: under that name,
-# which comes from Megatron, they alternate head by head (GPT-NeoX, BLOOM, Falcon), and thirds would cut across all three.
-_FUSED = re.compile(r"(^|_)(w?qkv|c_attn|in_proj)(_|$)", re.IGNORECASE)
 
 
 class Found(NamedTuple):
@@ -68,7 +64,7 @@ def from_name(name: str, shape: torch.Size) -> Found:
     label = part if own == "weight" else own
     # In `layers.3.attention.output.weight` the number stands before the last named part: a block that the model repeats.
     repeated = bool(named) and any(p.isdigit() for p in path[: len(path) - path[::-1].index(part)])
-    if len(shape) == 2 and not _is_bias(own) and not repeated and (_HEAD.fullmatch(label) or label.lower() == "output"):
+    if len(shape) == 2 and not is_bias(own) and not repeated and (HEAD.fullmatch(label) or label.lower() == "output"):
         return Found("head")
     role = _by_shape(name, own, shape, stacked=False)
     return Found(role, splits=_splits(label, shape, None) if role == "matrix" else ())
@@ -110,8 +106,8 @@ def output_heads(models: Sequence[nn.Module]) -> set[nn.Module]:
     for node in linears:
         if in_block(node):
             continue
-        last = node is linears[-1] and (_HEAD.fullmatch(node.holder.name) or _LAST.fullmatch(node.holder.name))
-        if last or _HEAD.fullmatch(node.name) or node.module.out_features in vocabularies:
+        last = node is linears[-1] and (HEAD.fullmatch(node.holder.name) or _LAST.fullmatch(node.holder.name))
+        if last or HEAD.fullmatch(node.name) or node.module.out_features in vocabularies:
             found.add(node.module)
     return found
 
@@ -143,7 +139,7 @@ def _inputs_first(module: nn.Module, own: str, shape: torch.Size, role: str) -> 
     width = next((w for name in ("hidden_size", "hidden_dim") if isinstance(w := getattr(module, name, None), int)), None)
     if width is None or shape[1] == shape[2]:
         return bool(getattr(module, "is_transposed", False))
-    return (shape[2] if _DOWN.search(own) else shape[1]) == width
+    return (shape[2] if DOWN.search(own) else shape[1]) == width
 
 
 def _role(node: Node, own: str, shape: torch.Size, at_ends: Mapping[nn.Module, str]) -> str:
@@ -157,9 +153,9 @@ def _role(node: Node, own: str, shape: torch.Size, at_ends: Mapping[nn.Module, s
             return at_ends.get(module, "matrix")
         if isinstance(module, _ConvNd) and len(shape) > 2:
             return at_ends.get(module, "conv")
-    if len(shape) == 2 and _HEAD.fullmatch(own) and not in_block(node):  # an output without a layer of its own
+    if len(shape) == 2 and HEAD.fullmatch(own) and not in_block(node):  # an output without a layer of its own
         return "head"
-    expert = bool(_EXPERT.search(clean(f"{node.path}.{own}")) or _EXPERT.search(type(module).__name__))
+    expert = bool(EXPERT.search(clean(f"{node.path}.{own}")) or EXPERT.search(type(module).__name__))
     return _by_shape(f"{node.name}.{own}", own, shape, stacked=True, expert=expert)
 
 
@@ -168,17 +164,17 @@ def _by_shape(label: str, own: str, shape: torch.Size, *, stacked: bool, expert:
     wide = sum(size > 1 for size in shape)
     if not shape:
         return "scalar"
-    if _is_bias(own):
+    if is_bias(own):
         return "bias"
     if len(shape) == 1 or (wide < 2 and (stacked or len(shape) > 2)):  # class tokens (1, 1, width), gains (channels, 1, 1)
         return "vector"
     if _LOGARITHM.search(own):  # `A_log`: one number for each channel and state, whatever its shape, and no linear map
         return "vector"
-    if _EMBEDDING.search(label if len(shape) == 2 else own):  # `patch_embed.proj.weight` is a convolution, `pos_embed` a table
+    if EMBEDDING.search(label if len(shape) == 2 else own):  # `patch_embed.proj.weight` is a convolution, `pos_embed` a table
         return "embedding"
     if len(shape) == 2:
         return "matrix"
-    if len(shape) == 3 and (expert or _EXPERT.search(label)):
+    if len(shape) == 3 and (expert or EXPERT.search(label)):
         return "experts"
     if len(shape) == 3 and stacked:  # with a batch dimension of 1 it is a learned input, added or put before a sequence
         return "experts" if shape[0] > 1 else "embedding"
@@ -187,7 +183,7 @@ def _by_shape(label: str, own: str, shape: torch.Size, *, stacked: bool, expert:
 
 def _splits(label: str, shape: torch.Size, belongs: Attention | None) -> tuple[int, ...]:
     """Rows of query, key and value where one matrix holds all three, by its name and only if the numbers agree."""
-    if not _FUSED.search(label):
+    if not FUSED.search(label):
         return ()
     rows, columns = shape
     if belongs is not None:
@@ -225,10 +221,6 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) or (
         hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
     )
-
-
-def _is_bias(own: str) -> bool:
-    return own.startswith("bias") or own.endswith("bias")  # `bias`, `in_proj_bias`, but also `bias_ih_l0` and `bias_k`
 
 
 def _makes(module: nn.Module) -> Iterator[int]:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from poise.checkpoint.structure.heads import Attention, heads_said
+from poise.checkpoint.structure.words import ATTENTION
+
 # The attribute under which a wrapper keeps the module that it wraps: DistributedDataParallel (and DataParallel, AveragedModel),
 # torch.compile, FSDP1, activation checkpointing. The wrapped module takes the wrapper's place in names and in the tree.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-# What modules and their configs call the number of attention heads, of key and value heads, and the size of one head.
-HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups", "num_query_groups")
-HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "d_head")
-
-_ATTENTION = re.compile(r"(attention|attn|mha)\d*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +39,6 @@ class Node:
         while node.name.isdigit() and node.parent is not None:
             node = node.parent
         return node
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What an attention module says of its heads."""
-
-    heads: int
-    kv_heads: int  # fewer than heads where queries share keys and values
-    head_dim: int | None
 
 
 def walk(root: nn.Module) -> Iterator[Node]:
@@ -117,26 +103,12 @@ def attention(node: Node) -> Attention | None:
     believed for its direct children only, and never for its config: a whole model carries one too, and its MLPs have no heads.
     """
     for place in (node, *node.ancestors()):
-        if _ATTENTION.search(type(place.module).__name__) or _ATTENTION.search(place.name):
-            found = _heads(place.module) or _heads(getattr(place.module, "config", None))
+        if ATTENTION.search(type(place.module).__name__) or ATTENTION.search(place.name):
+            found = heads_said(place.module) or heads_said(getattr(place.module, "config", None))
         elif place is node or place is node.parent:
-            found = _heads(place.module)
+            found = heads_said(place.module)
         else:
             continue
         if found is not None:
             return found
-    return None
-
-
-def _heads(says: object) -> Attention | None:
-    heads = _number(says, HEADS)
-    return None if heads is None else Attention(heads, _number(says, KV_HEADS) or heads, _number(says, HEAD_DIM))
-
-
-def _number(says: object, names: tuple[str, ...]) -> int | None:
-    """The first of the attributes `names` that is a positive int: a list of numbers, one per stage, says nothing here."""
-    for name in names:
-        value = getattr(says, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
     return None
