@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ class PickledFile(Checkpoint):
         self.path = self._path = Path(path)
         with opened(self._path) as fd:
             self._stamp = Stamp.of(fd)
+        if self._path.suffix == ".safetensors":  # torch.load goes by it
+            raise CheckpointError("is pickled, whatever its name says", cure="rename it to .bin", file=self._path)
         self._state = StateDict(_checked(_load(self._path), self._stamp.size, self._path), config={})
         self.ties = self._state.ties
 
@@ -66,8 +69,8 @@ def _load(path: Path) -> object:
             warnings.simplefilter("ignore")  # torch's own, of deprecated kinds of storage
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        wanted = str(error).partition("WeightsUnpickler error:")[2].strip().splitlines()
-        reason = f" ({wanted[0]})" if wanted else ""
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f" (it asks for {asked[1]})" if asked else ""
         problem = f"holds more than tensors{reason}; reading it could run code, so it was not read"
         cure = "get the weights as safetensors, or, if you trust its author, load it yourself and save its state_dict"
         raise CheckpointError(problem, cure=cure, file=path) from None
