@@ -184,7 +184,7 @@ def test_a_model_without_a_head_misses_none(tmp_path: Path, classes: Any) -> Non
 def test_transformers_would_indeed_make_the_head_random(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    sizes: dict[str, Any] = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
     LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(tmp_path)
     tied = open_checkpoint(tmp_path)
     assert tied.ties == {"lm_head.weight": EMBEDDING}

@@ -203,7 +203,7 @@ def test_folding_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     folded = model.merge_and_unload().state_dict()
     found = open_checkpoint(tmp_path)
     assert isinstance(found, PeftDirectory)
