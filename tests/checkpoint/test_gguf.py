@@ -301,6 +301,13 @@ def test_factors_of_the_rotation_are_left_out_and_told_of(path: Path) -> None:
     assert found.warnings[0].tensor == "rope_freqs.weight" and "rope_scaling" in found.warnings[0].cure
 
 
+def test_a_scaled_rotation_is_told_of(path: Path) -> None:
+    tensors = {"token_embd.weight": as_f32(torch.ones(4, 16))}
+    for kind, count in {"none": 0, "yarn": 1}.items():
+        found = GGUFFile(gguf(path, tensors, metadata("llama", **{"rope.scaling.type": kind})))
+        assert len(found.warnings) == count
+
+
 def test_metadata_is_read_and_long_lists_are_passed_over(path: Path) -> None:
     given = {"general.architecture": "x", "n": 7, "x": 0.5, "yes": True, "few": [1, 2], "names": ["a", "ü"], "none": []}
     given |= {"tokens": ["ab"] * 2000, "scores": [0.5] * 2000, "last": "z"}

@@ -141,10 +141,12 @@ def test_a_file_too_short_for_a_length_is_refused(path: Path, size: int) -> None
     refused(error, f"has {size} bytes, too few", "it was cut off")
 
 
-def test_a_header_that_claims_more_than_the_file_is_a_cut_download(path: Path) -> None:
+@pytest.mark.parametrize("more", [1, 8, 10_000])
+def test_a_header_that_claims_more_than_the_file_is_a_cut_download(path: Path, more: int) -> None:
+    there = len(json.dumps({"a": FOUR})) + 4
     with pytest.raises(CheckpointError) as error:
-        SafetensorsFile(forge(path, {"a": FOUR}, bytes(4), length=10_000))
-    refused(error, "claims a header of 10000 bytes, and has", "it was cut off")
+        SafetensorsFile(forge(path, {"a": FOUR}, bytes(4), length=there + more))
+    refused(error, f"claims a header of {there + more} bytes, and has {there} bytes", "it was cut off")
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER + 1, 2**40, 2**63, 2**64 - 1])

@@ -98,11 +98,21 @@ def test_a_module_is_refused(path: Path) -> None:
     refused(error, "torch.nn.modules.linear.Linear", "could run code")
 
 
-def test_the_format_before_torch_1_6_is_refused_by_name(path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+def test_the_format_before_torch_1_6_is_read_too(path: Path) -> None:
+    shared = torch.randn(4, 2)
+    torch.save({"a": shared, "b": shared, "c": torch.arange(3)}, path, _use_new_zipfile_serialization=False)
+    found = open_checkpoint(path)
+    assert isinstance(found, PickledFile) and found.ties == {"b": "a"}
+    assert torch.equal(found["a"], shared) and torch.equal(found.rows("c", 1, 3), torch.tensor([1, 2]))
+
+
+def test_code_in_the_old_format_is_refused_and_not_run(path: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    torch.save({"a": torch.ones(1), "b": Bomb(mark)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(path)
-    refused(error, "the format of before torch 1.6", "save it again")
+    refused(error, "it asks for posix.system", "was not read")
+    assert not mark.exists()
 
 
 def test_a_training_checkpoint_is_refused_and_its_state_dict_pointed_at(path: Path) -> None:
