@@ -38,7 +38,6 @@ STRICTER = {
     "of less than a byte": "torch has no tensor of them to read rows into",
     "more than memory can address": "an empty tensor whose strides no torch tensor can have",
     "has more than 64 entries": "dimensions that numpy, and most of torch, cannot have",
-    "must be a list of at most 64": "a list longer than 64 numbers can be, were it of spaces",
 }
 
 
