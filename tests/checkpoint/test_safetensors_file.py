@@ -190,6 +190,18 @@ def test_a_read_that_returns_early_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert found["a"].tolist() == list(range(100))
 
 
+def test_a_file_cut_off_while_it_is_read_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.arange(100.0)}, path)
+    found = SafetensorsFile(path)
+    ends = path.stat().st_size - 40
+    pread = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: pread(fd, [buffers[0][: max(0, ends - at)]], at))
+    with pytest.raises(CheckpointError) as error:
+        found["a"]
+    refused(error, f"ends at byte {ends}, 40 bytes too early", "it was cut off")
+
+
 def test_on_a_big_endian_machine_bytes_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.safetensors"
     whole = {"f": drawn((3,), torch.float32), "h": drawn((3,), torch.bfloat16), "c": drawn((2,), torch.complex64)}
