@@ -17,12 +17,9 @@ from .files import opened, read_bytes, sound
 from .gguf import GGUFFile
 from .peft_directory import CONFIG as ADAPTER
 from .peft_directory import PeftDirectory
-from .pickled import PickledFile
+from .pickled import OLD, ZIP, PickledFile
 from .safetensors_file import SafetensorsFile
 from .sharded import Sharded
-
-# Of torch.save: a zip archive, and the number that files of before torch 1.6 begin with.
-_ZIP, _OLD = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 
 
 def open_checkpoint(
@@ -42,7 +39,8 @@ def open_checkpoint(
 
     Args:
         source: where the weights are.
-        strict: whether what can be read, and would mislead whoever loads it, is refused. If False it is in `warnings`.
+        strict: refuse a model directory that transformers would load with a head drawn at random (`ModelDirectory`). If False,
+            the error is in the checkpoint's `warnings`.
 
     Raises:
         CheckpointError: names the file, the tensor, what is wrong, and the cure.
@@ -92,6 +90,6 @@ def _open_file(path: Path) -> Checkpoint:
     if head[:4] == b"GGUF":
         return GGUFFile(path)
     # A length that begins like a zip archive is a legal one, of 67 MB; then the header follows.
-    if head.startswith((_ZIP, _OLD)) and head[8:9] != b"{":
+    if head.startswith((ZIP, OLD)) and head[8:9] != b"{":
         return PickledFile(path)
     return SafetensorsFile(path)

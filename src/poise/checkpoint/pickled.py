@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, StateDict, TensorInfo
 from .errors import CheckpointError
-from .files import AGAIN, Stamp, check_rows, opened
+from .files import AGAIN, Stamp, check_rows, opened, read_bytes
+
+# torch.save writes zip archives. Before torch 1.6 it wrote pickles that begin with a number of its own.
+ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 
 
 class PickledFile(Checkpoint):
@@ -21,18 +25,22 @@ class PickledFile(Checkpoint):
 
     torch's restricted unpickler builds tensors and plain containers and nothing else; a file that asks for more is refused,
     and nothing of it is run. Tensors stay in the file, which is mapped as long as the checkpoint lives, and are copied when
-    they are read. Tensors that share their bytes are stored once, and `ties` names the others.
+    they are read; only a file from before torch 1.6, which cannot be mapped, is in memory whole. Tensors that share their bytes
+    are stored once, and `ties` names the others.
 
     Raises:
-        CheckpointError: for a file with code in it, of the format before torch 1.6, that is damaged, or that holds anything but
-            a dictionary of names and dense tensors.
+        CheckpointError: for a file with code in it, that is damaged, or that holds anything but a dictionary of names and dense
+            tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = self._path = Path(path)
         with opened(self._path) as fd:
             self._stamp = Stamp.of(fd)
-        self._state = StateDict(_checked(_load(self._path), self._stamp.size, self._path), config={})
+            mapped = read_bytes(fd, 0, min(len(ZIP), self._stamp.size), self._path) == ZIP
+        if self._path.suffix == ".safetensors":  # torch.load goes by it
+            raise CheckpointError("is pickled, whatever its name says", cure="rename it to .bin", file=self._path)
+        self._state = StateDict(_checked(_load(self._path, mapped), self._stamp.size, self._path), config={})
         self.ties = self._state.ties
 
     def __iter__(self) -> Iterator[str]:
@@ -60,14 +68,14 @@ class PickledFile(Checkpoint):
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
-def _load(path: Path) -> object:
+def _load(path: Path, mapped: bool) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of deprecated kinds of storage
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        wanted = str(error).partition("WeightsUnpickler error:")[2].strip().splitlines()
-        reason = f" ({wanted[0]})" if wanted else ""
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f" (it asks for {asked[1]})" if asked else ""
         problem = f"holds more than tensors{reason}; reading it could run code, so it was not read"
         cure = "get the weights as safetensors, or, if you trust its author, load it yourself and save its state_dict"
         raise CheckpointError(problem, cure=cure, file=path) from None
@@ -75,13 +83,9 @@ def _load(path: Path) -> object:
         raise CheckpointError("asks for more memory than there is", cure=f"it is damaged: {AGAIN}", file=path) from None
     except Exception as error:
         # Whatever a damaged archive makes torch raise, it is the archive's fault.
-        if "mmap can only be used" in str(error):
-            problem, cure = "has the format of before torch 1.6", "load it with torch.load(weights_only=True) and save it again"
-        else:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            problem = f"cannot be read by torch ({reason:.300})"
-            cure = f"it was cut off or damaged: {AGAIN}"
-        raise CheckpointError(problem, cure=cure, file=path) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = f"cannot be read by torch ({reason:.300})"
+        raise CheckpointError(problem, cure=f"it was cut off or damaged: {AGAIN}", file=path) from None
 
 
 def _checked(found: object, size: int, path: Path) -> dict[str, Tensor]:

@@ -60,9 +60,12 @@ class GGUFFile(Checkpoint):
         self._blocks = {rename(n, self._family) or n: block for n, block in blocks.items() if n not in COMPUTED}
         if len(self._blocks) < sum(n not in COMPUTED for n in blocks):
             raise CheckpointError("has two tensors for one name", cure=f"it is damaged or forged: {AGAIN}", file=self._path)
+        cure = "set rope_scaling in the config to what it was trained with"
         for name in blocks:
             if name in COMPUTED:
-                self._warn("holds factors of the rotation", "set rope_scaling in the config to what it was trained with", name)
+                self._warn("holds factors of the rotation, which are not read", cure, name)
+        if self.fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
+            self._warn("scales its rotation, which `config` does not say", cure)
         if self.config["tie_word_embeddings"] and "model.embed_tokens.weight" in self._blocks:
             self.ties = {"lm_head.weight": "model.embed_tokens.weight"}
         for name, block in self._blocks.items():
