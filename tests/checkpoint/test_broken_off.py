@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.writers import Forks, broken, contents, made, plan, written
-from torch import Tensor
+from checkpoint.writers import Counting, Forks, broken, contents, plan, written
 
 from poise.checkpoint import CheckpointError, Interrupted, Planned
 from poise.checkpoint.journal import JOURNAL
@@ -35,13 +34,14 @@ def forks() -> Iterator[Forks]:
 @pytest.mark.parametrize("power", [False, True], ids=["process", "machine"])
 def test_whatever_call_is_the_last_the_next_run_ends_in_the_same_bytes(tmp_path: Path, forks: Forks, power: bool) -> None:
     seen = forks.run("deaths", tmp_path, power=power)
-    assert seen["deaths"] > 100
+    assert seen["deaths"] > 50
     assert not seen["broken"] and not seen["different"]
 
 
 def test_killed_ten_times_it_ends_in_the_same_bytes_and_shows_no_half_file(tmp_path: Path, forks: Forks) -> None:
-    out, shards, pause = tmp_path / "out", 20, 0.01
+    out, shards = tmp_path / "out", 24
     written(tmp_path / "whole", planned=plan(2 * shards))
+    out.mkdir()
     seen: list[str] = []
     over = threading.Event()
 
@@ -54,12 +54,15 @@ def test_killed_ten_times_it_ends_in_the_same_bytes_and_shows_no_half_file(tmp_p
     moments = random.Random(0)
     finished: list[int] = []
     for _ in range(KILLS):
-        pid = forks.begin("slowly", out, shards=shards, seconds=pause)
-        assert forks.line() == "begun"
-        # A shard takes six pauses at least, so that ten lives are too short for all of them.
-        time.sleep(moments.uniform(0, 0.11))
+        pid = forks.begin("slowly", out, shards=shards, seconds=0.01)
+        for _ in range(moments.choice([1, 2])):
+            assert forks.line() == "begun"
+        # A shard has six tiles, each with its pause: no life sees the end of more than two.
+        time.sleep(moments.uniform(0, 0.08))
         os.kill(pid, signal.SIGKILL)
-        assert forks.line() == str(int(signal.SIGKILL))
+        while (line := forks.line()) == "begun":
+            pass
+        assert line == str(int(signal.SIGKILL))
         finished.append(len((out / JOURNAL).read_text().splitlines()) - 1)
     assert 0 < finished[-1] < shards and finished == sorted(finished)
     again = written(out, planned=plan(2 * shards))
@@ -68,20 +71,6 @@ def test_killed_ten_times_it_ends_in_the_same_bytes_and_shows_no_half_file(tmp_p
     assert again.found == finished[-1]
     assert contents(out) == contents(tmp_path / "whole")
     assert not seen
-
-
-class Counting:
-    """Rows, and how often each tensor was asked for; the call with number `last` fails."""
-
-    def __init__(self, last: int = -1, error: BaseException | None = None) -> None:
-        self.asked: list[str] = []
-        self.last, self.error = last, error
-
-    def __call__(self, tensor: Planned, start: int, stop: int) -> Tensor:
-        self.asked.append(tensor.name)
-        if len(self.asked) == self.last and self.error is not None:
-            raise self.error
-        return made(tensor, start, stop)
 
 
 def test_ctrl_c_says_what_is_finished_and_what_is_finished_is_not_made_again(tmp_path: Path) -> None:
@@ -177,13 +166,11 @@ def test_a_shard_counts_only_with_its_size_and_its_header(tmp_path: Path) -> Non
     assert written(out).found == 2 and contents(out) == before
 
 
-def test_memory_does_not_grow_with_the_model_nor_with_a_tensor(tmp_path: Path, forks: Forks) -> None:
-    tile = 2 * 2**20
-    found = {size: forks.run("growth", tmp_path / str(size), tensors=3, megabytes=size, tile_bytes=tile) for size in (4, 32)}
-    assert found[32]["bytes"] > 96 * 2**20
-    for seen in found.values():
-        assert seen["planned"] == 1.5 * tile + 10**6
-        assert seen["grew"] < 2.5 * tile
+@pytest.mark.parametrize("tile, tiles", [(2**22, 4.5), (2**25, 1.5)])
+def test_memory_does_not_grow_with_the_model_nor_with_a_tensor(tmp_path: Path, forks: Forks, tile: int, tiles: float) -> None:
+    found = forks.run("growth", tmp_path / "out", tensors=2, megabytes=64, tile_bytes=tile)
+    assert found["bytes"] > 2 * 64 * 2**20
+    assert found["grew"] < found["planned"] == tiles * tile + 2 * 10**6
 
 
 def test_what_dead_runs_left_is_removed(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from poise.checkpoint import Planned, Written, planned_memory, write
+from poise.checkpoint import Planned, Written, altered, planned_memory, write
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "vocab_size": 24, "dtype": "float32"}
 
@@ -34,6 +35,20 @@ def value(tensor: Planned) -> Tensor:
 
 def made(tensor: Planned, start: int, stop: int) -> Tensor:
     return value(tensor)[start:stop] if tensor.shape else value(tensor)
+
+
+class Counting:
+    """Rows, and how often each tensor was asked for; the call with number `last` fails."""
+
+    def __init__(self, last: int = -1, error: BaseException | None = None) -> None:
+        self.asked: list[str] = []
+        self.last, self.error = last, error
+
+    def __call__(self, tensor: Planned, start: int, stop: int) -> Tensor:
+        self.asked.append(tensor.name)
+        if len(self.asked) == self.last and self.error is not None:
+            raise self.error
+        return made(tensor, start, stop)
 
 
 def written(out: Path, rows: Callable[[Planned, int, int], Tensor] = made, **other: Any) -> Written:
@@ -81,12 +96,12 @@ class Dying:
         self.paths: dict[int, str] = {}
         self.sizes: dict[str, list[int]] = {}  # written, and forced to the disk
         self.renamed: list[tuple[str, str, bytes | None]] = []
-        for name in ("open", "write", "fsync", "close", "replace", "unlink"):
-            vars(self)[name] = getattr(os, name)
+        self.real = {name: getattr(os, name) for name in ("open", "write", "fsync", "close", "replace", "unlink")}
+        for name in self.real:
             setattr(os, name, self.counted(name))
 
     def counted(self, name: str) -> Callable[..., Any]:
-        real, noted = vars(self)[name], getattr(self, f"note_{name}")
+        real, noted = self.real[name], getattr(self, f"note_{name}")
 
         def call(*arguments: Any, **named: Any) -> Any:
             self.count += 1
@@ -129,13 +144,13 @@ class Dying:
     def die(self, name: str, arguments: tuple[Any, ...]) -> None:
         if name == "write":  # half of it went through
             file, data = arguments
-            self.note_write(self.write(file, data[: len(data) // 2]), file, None)
+            self.note_write(self.real["write"](file, data[: len(data) // 2]), file, None)
         if self.power:
             for path, (size, forced) in self.sizes.items():
                 if size > forced and os.path.exists(path):
                     os.truncate(path, (size + forced) // 2)
             for source, path, before in reversed(self.renamed):
-                self.replace(path, source)
+                self.real["replace"](path, source)
                 if before is not None:
                     Path(path).write_bytes(before)
         os._exit(9)
@@ -143,8 +158,9 @@ class Dying:
 
 def deaths(folder: Path, power: bool) -> dict[str, Any]:
     """Write a folder once for each system call, dying there, and once more; what was seen."""
+    write_two = partial(written, planned=plan(3), tile_bytes=12 * 8 * 4)
     whole = folder / "whole"
-    written(whole)
+    write_two(whole)
     seen: dict[str, Any] = {"deaths": 0, "broken": [], "different": []}
     while True:
         number = seen["deaths"] + 1
@@ -152,37 +168,36 @@ def deaths(folder: Path, power: bool) -> dict[str, Any]:
         pid = os.fork()
         if not pid:
             Dying(number, power)
-            written(out)
+            write_two(out)
             os._exit(0)
         if os.waitpid(pid, 0)[1] == 0:
             return seen
         seen["deaths"] += 1
         if out.exists():
-            seen["broken"] += [f"{number}: {name}" for name in broken(out)]
-        written(out)
+            seen["broken"] += [f"{number}: {name}" for name in {*broken(out), *altered(out)}]
+        write_two(out)
         if contents(out) != contents(whole):
             seen["different"].append(number)
 
 
 def slowly(out: Path, shards: int, seconds: float) -> None:
-    """Write, and say so when the first rows are made."""
-    begun = False
+    """Write, waiting at all rows, and say when a shard is begun."""
 
     def rows(tensor: Planned, start: int, stop: int) -> Tensor:
-        nonlocal begun
-        if not begun:
+        if start == 0 and tensor in planned[::2]:
             print("begun", flush=True)
-            begun = True
         time.sleep(seconds)
         return made(tensor, start, stop)
 
-    written(out, rows, planned=plan(2 * shards))
+    planned = plan(2 * shards)
+    written(out, rows, planned=planned)
 
 
 def growth(out: Path, tensors: int, megabytes: int, tile_bytes: int, **other: Any) -> dict[str, int]:
     """Write tensors of so many MB in bfloat16, one a shard, made as they are asked for; MB of anonymous memory that it took."""
     shape = torch.Size([megabytes * 512, 1024])
     planned = [Planned(f"layers.{n}.weight", shape, torch.bfloat16) for n in range(tensors)]
+    written(out.with_name("first"))  # imports, pools of the allocator and the like
     most = 0
 
     def anonymous() -> int:
@@ -201,10 +216,10 @@ def growth(out: Path, tensors: int, megabytes: int, tile_bytes: int, **other: An
     over = threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    written = write(out, planned, rows, fingerprint="one", max_shard_bytes=1, tile_bytes=tile_bytes, **other)
+    whole = write(out, planned, rows, fingerprint="one", max_shard_bytes=1, tile_bytes=tile_bytes, **other)
     over.set()
     watcher.join()
-    return {"grew": most - before, "planned": planned_memory(planned, tile_bytes), "bytes": written.bytes}
+    return {"grew": most - before, "planned": planned_memory(planned, tile_bytes), "bytes": whole.bytes}
 
 
 def serve() -> None:
@@ -213,6 +228,7 @@ def serve() -> None:
     So the seconds of importing torch are spent once.
     """
     torch.set_num_threads(1)
+    os.fsync = lambda file: None
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -62,7 +62,7 @@ class Caster:
             return
         largest = torch.finfo(tensor.dtype).max
         # From half a unit in the last place above the largest number on, rounding to nearest gives infinity.
-        half = torch.finfo(tensor.dtype).eps * 2.0 ** math.floor(math.log2(largest)) / 2
+        half = math.ldexp(torch.finfo(tensor.dtype).eps, math.frexp(largest)[1] - 2)
         worst = low if -low > high else high
         if abs(worst) >= largest + half:
             name = str(tensor.dtype).removeprefix("torch.")

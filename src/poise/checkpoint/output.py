@@ -13,8 +13,8 @@ from .atomic import remove_temporaries, sync_folder
 from .errors import CheckpointError
 from .journal import JOURNAL, Head, Journal
 
-# What a loader may take for the weights, instead of those written or along with them.
-WEIGHTS = re.compile(r"(.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?")
+# What a loader may take for the weights, before those written or along with them.
+WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
 NAMED = 5
 
 
@@ -35,7 +35,7 @@ def claimed(out: Path, head: Head, fresh: bool) -> Iterator[Journal]:
                 what = "another dtype, config or size of shards"
             cure = "write to another folder, or start over there with --fresh"
             raise CheckpointError(f"was begun with {what}", cure=cure, file=journal.path)
-        strangers = _strangers(out, head, journal)
+        strangers = [] if fresh else _strangers(out, head, journal)
         if strangers:
             names = ", ".join(strangers[:NAMED]) + (f" and {len(strangers) - NAMED} more" if strangers[NAMED:] else "")
             raise CheckpointError(f"holds {names}", cure="write to an empty folder, or start over there with --fresh", file=out)

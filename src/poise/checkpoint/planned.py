@@ -16,6 +16,10 @@ from .errors import CheckpointError
 UNITS = {"": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)}}
 UNITS |= {f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)}
 
+# Blocks of this size glibc always takes from the system and gives back at once; of smaller ones so many were seen to be kept.
+MAPPED = 32 * 2**20
+KEPT = 3
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -89,7 +93,8 @@ def planned_memory(
 ) -> int:
     """Bytes that writing holds at most, where whoever makes the rows holds `held` of them at once, in float32.
 
-    Beside those it has one buffer, in which rows take their stored form, and less than a MB of other things.
+    Beside those it has one buffer, in which rows take their stored form, and less than two MB of other things. Blocks of less
+    than 32 MB, when freed, the C library may keep for the next ones, three of them at most.
     """
     rows, buffer = 0, 0
     for tensor in planned:
@@ -97,7 +102,7 @@ def planned_memory(
         at_once = count if whole is not None and whole(tensor) else min(tile_rows(tensor, tile_bytes), count)
         rows = max(rows, at_once * _row_bytes(tensor))
         buffer = max(buffer, stored_tile(tensor, tile_bytes))
-    return held * rows + buffer + 10**6
+    return held * rows + buffer + 2 * 10**6 + (KEPT * rows if rows < MAPPED else 0)
 
 
 def _row_bytes(tensor: Planned) -> int:

@@ -80,7 +80,7 @@ def write(
     journal, and the same call goes on behind the last noted shard, however it was broken off. Killed or not, the folder ends up
     the same to the byte.
 
-    Memory is what `rows` holds, one tile in its stored form, and less than a MB: see `planned_memory`.
+    Memory is what `rows` holds and one tile in its stored form, whatever the size of the model: see `planned_memory`.
 
     Args:
         out: the folder; made if it does not exist.
@@ -140,6 +140,7 @@ def write(
                     path = out / shard.name
                     digest = write_shard(path, shard, rows, cast, tile_bytes=tile_bytes, whole=whole, advance=advance)
                     journal.add(Finished(shard.name, shard.nbytes, digest))
+            journal.begin(head, {shard.name: journal.finished[shard.name] for shard in shards})  # in their order
             for name, source in side_files.items():
                 copy(source, out / name)
             for name, text in texts.items():
