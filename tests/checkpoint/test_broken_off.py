@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,9 @@ def test_whatever_call_is_the_last_the_next_run_ends_in_the_same_bytes(tmp_path:
     assert not seen["broken"] and not seen["different"]
 
 
-def test_killed_ten_times_it_ends_in_the_same_bytes_and_shows_no_half_file(tmp_path: Path, forks: Forks) -> None:
-    out, shards = tmp_path / "out", 24
-    written(tmp_path / "whole", planned=plan(2 * shards))
-    out.mkdir()
+@contextmanager
+def watching(out: Path) -> Iterator[list[str]]:
+    """The files that are seen half-written under a final name, from now to the end of the block."""
     seen: list[str] = []
     over = threading.Event()
 
@@ -51,23 +51,33 @@ def test_killed_ten_times_it_ends_in_the_same_bytes_and_shows_no_half_file(tmp_p
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
+def test_killed_ten_times_it_ends_in_the_same_bytes_and_shows_no_half_file(tmp_path: Path, forks: Forks) -> None:
+    out, shards = tmp_path / "out", 24
+    written(tmp_path / "whole", planned=plan(2 * shards))
+    out.mkdir()
     moments = random.Random(0)
     finished: list[int] = []
-    for _ in range(KILLS):
-        pid = forks.begin("slowly", out, shards=shards, seconds=0.01)
-        for _ in range(moments.choice([1, 2])):
-            assert forks.line() == "begun"
-        # A shard has six tiles, each with its pause: no life sees the end of more than two.
-        time.sleep(moments.uniform(0, 0.08))
-        os.kill(pid, signal.SIGKILL)
-        while (line := forks.line()) == "begun":
-            pass
-        assert line == str(int(signal.SIGKILL))
-        finished.append(len((out / JOURNAL).read_text().splitlines()) - 1)
-    assert 0 < finished[-1] < shards and finished == sorted(finished)
-    again = written(out, planned=plan(2 * shards))
-    over.set()
-    watcher.join()
+    with watching(out) as seen:
+        for _ in range(KILLS):
+            pid = forks.begin("slowly", out, shards=shards, seconds=0.01)
+            for _ in range(moments.choice([1, 2])):
+                assert forks.line() == "begun"
+            # A shard has six tiles, each with its pause: no life sees the end of more than two.
+            time.sleep(moments.uniform(0, 0.08))
+            os.kill(pid, signal.SIGKILL)
+            while (line := forks.line()) == "begun":
+                pass
+            assert line == str(int(signal.SIGKILL))
+            finished.append(len((out / JOURNAL).read_text().splitlines()) - 1)
+        assert 0 < finished[-1] < shards and finished == sorted(finished)
+        again = written(out, planned=plan(2 * shards))
     assert again.found == finished[-1]
     assert contents(out) == contents(tmp_path / "whole")
     assert not seen

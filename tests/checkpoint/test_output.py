@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_a_folder_begun_with_other_inputs_is_not_gone_on_with(tmp_path: Path) ->
     "other",
     [{"planned": plan(dtype=torch.float16)}, {"max_shard_bytes": 1200}, {"config": {"hidden_size": 8}}, {"side_files": {}}],
 )
-def test_nor_one_begun_with_another_plan(tmp_path: Path, other: dict[str, object]) -> None:
+def test_nor_one_begun_with_another_plan(tmp_path: Path, other: dict[str, Any]) -> None:
     out = tmp_path / "out"
     written(out)
     before = contents(out)

@@ -30,7 +30,7 @@ def stored(out: Path, tensors: Mapping[str, Tensor], **other: Any) -> Written:
         whole = tensors[tensor.name]
         return whole[start:stop] if tensor.shape else whole
 
-    return write(out, planned, rows, **(dict(fingerprint="one") | other))
+    return write(out, planned, rows, fingerprint="one", **other)
 
 
 def every_dtype() -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from poise.checkpoint import Planned, Written, altered, planned_memory, write
 
+DEAD = 9
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "vocab_size": 24, "dtype": "float32"}
 
 
@@ -153,7 +154,7 @@ class Dying:
                 self.real["replace"](path, source)
                 if before is not None:
                     Path(path).write_bytes(before)
-        os._exit(9)
+        os._exit(DEAD)
 
 
 def deaths(folder: Path, power: bool) -> dict[str, Any]:
@@ -168,10 +169,15 @@ def deaths(folder: Path, power: bool) -> dict[str, Any]:
         pid = os.fork()
         if not pid:
             Dying(number, power)
-            write_two(out)
-            os._exit(0)
-        if os.waitpid(pid, 0)[1] == 0:
+            try:
+                write_two(out)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:
             return seen
+        assert code == DEAD
         seen["deaths"] += 1
         if out.exists():
             seen["broken"] += [f"{number}: {name}" for name in {*broken(out), *altered(out)}]
@@ -233,9 +239,13 @@ def serve() -> None:
         request = json.loads(line)
         pid = os.fork()
         if not pid:
-            found = globals()[request.pop("do")](Path(request.pop("out")), **request)
-            print(json.dumps(found), flush=True)
-            os._exit(0)
+            code = 1
+            try:
+                found = globals()[request.pop("do")](Path(request.pop("out")), **request)
+                print(json.dumps(found), flush=True)
+                code = 0
+            finally:
+                os._exit(code)
         print(pid, flush=True)
         print(os.waitpid(pid, 0)[1], flush=True)
 
@@ -263,7 +273,8 @@ class Forks:
         """What it found."""
         self.begin(do, out, **arguments)
         found = self.line()
-        assert self.line() == "0", found
+        assert found != "256", "it failed"
+        assert self.line() == "0"
         return json.loads(found)
 
     def end(self) -> None:
