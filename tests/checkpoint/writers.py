@@ -229,7 +229,7 @@ def growth(out: Path, tensors: int, megabytes: int, tile_bytes: int, **other: An
 
 
 def serve() -> None:
-    """For each line of input fork a child, say its id, and when it has ended its status.
+    """For each line of input fork a child, which says its id; when it has ended say its status.
 
     So the seconds of importing torch are spent once.
     """
@@ -239,6 +239,7 @@ def serve() -> None:
         request = json.loads(line)
         pid = os.fork()
         if not pid:
+            print(os.getpid(), flush=True)
             code = 1
             try:
                 found = globals()[request.pop("do")](Path(request.pop("out")), **request)
@@ -246,7 +247,6 @@ def serve() -> None:
                 code = 0
             finally:
                 os._exit(code)
-        print(pid, flush=True)
         print(os.waitpid(pid, 0)[1], flush=True)
 
 
