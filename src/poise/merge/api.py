@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from poise.checkpoint import Checkpoint
 from poise.checkpoint.open import open_checkpoint
 
-from .merging import Merged, Merger, Progress, run
+from .merger import Merger, Progress
+from .merging import Merged, run
 from .recipe import Case, Recipe, Reference, Slice, Source, Tokenizer
 from .recipe.names import resolve
 from .recipe.schema import Setting
@@ -54,8 +55,8 @@ def merge(
         seed: of methods that draw.
         max_shard_bytes, fresh: see `poise.checkpoint.write`.
         progress: told the pass, and bytes done and in all.
-        settings: of the method. A tuple has one value for each model, a list is a gradient from the first layer to the last, and a
-            dictionary maps parts of tensors' names to values, of which the first that fits holds; "*" fits all.
+        settings: of the method. A tuple has one value for each model, a list is a gradient from the first layer to the last,
+            and a dictionary maps parts of tensors' names to values, of which the first that fits holds; "*" fits all.
 
     Raises:
         ValueError, TypeError: for arguments, naming them.
@@ -84,15 +85,15 @@ def merge(
             value = tuple(str(reference(held, f"{key}[{i}]")) for i, held in enumerate(value))
         if isinstance(value, tuple) and (key in known.each or key not in known.keys):
             if len(value) != len(models):
-                raise ValueError(f"{key}={value}: a tuple has one value for each of the {len(models)} models; a gradient is a list")
+                raise ValueError(
+                    f"{key}={value}: a tuple has one value for each of the {len(models)} models; a gradient is a list"
+                )
             sources = [replace(s, settings={**s.settings, key: setting(one)}) for s, one in zip(sources, value, strict=True)]
         else:
             shared[key] = setting(value)
     if isinstance(tokenizer, str):
         tokenizer = Tokenizer(tokenizer if tokenizer in ("union", "base") else Reference.parse(tokenizer))
-    recipe = Recipe(
-        name, (Slice(tuple(sources)),), rooted, shared, tokenizer=tokenizer, chat_template=chat_template, own=True
-    )
+    recipe = Recipe(name, (Slice(tuple(sources)),), rooted, shared, tokenizer=tokenizer, chat_template=chat_template, own=True)
     wanted = str(dtype).removeprefix("torch.") if dtype is not None else None
     merger = Merger(recipe, opened, seed=seed, dtype=wanted, common_rows=common_rows, function=function)
     if out is not None:

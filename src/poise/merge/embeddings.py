@@ -1,8 +1,8 @@
 """Rows of embeddings and heads, put in the order of another vocabulary.
 
-Every model gets a row for every token of the result. Its own, where it has the token; else, as with mergekit: that of the only model
-which has it; the base's; the mean over all models which have it; zeros where none has. A recipe may say otherwise of single tokens.
-Rows beyond the last token are the mean of all others.
+Every model gets a row for every token of the result. Its own, where it has the token; else, as with mergekit: that of the only
+model which has it; the base's; the mean over all models which have it; zeros where none has. A recipe may say otherwise of
+single tokens. Rows beyond the last token are the mean of all others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from poise.checkpoint import CheckpointError, count_rows
 
 from .parents import Parent
-from .recipe import Token
+from .recipe import Reference, Token
 from .tokenizers import Target, Vocabulary
 
 NONE = -1
@@ -58,7 +58,9 @@ def row_maps(
     ids: list[Mapping[str, int]] = []
     for parent, vocabulary in zip(parents, known, strict=True):
         if vocabulary is None and parent.vocabulary != max(fallback.ids.values()) + 1:
-            problem = f"has no tokenizer, and {parent.vocabulary} rows where the base has {max(fallback.ids.values()) + 1} tokens"
+            problem = (
+                f"has no tokenizer, and {parent.vocabulary} rows where the base has {max(fallback.ids.values()) + 1} tokens"
+            )
             raise CheckpointError(problem, cure="put the model's tokenizer.json into its folder", file=str(parent))
         ids.append((vocabulary or fallback).ids)
     numbers = {parent.reference: i for i, parent in enumerate(parents)}
@@ -76,13 +78,11 @@ def row_maps(
             bases = [(i, number) for i, number in having if i == base]
             lent[row] = tuple(bases or having)
     last = max(target.ids.values(), default=-1) + 1
-    return [
-        RowMap(own, {row: lenders for row, lenders in lent.items() if own[row] == NONE}, last) for own in owns.unbind()
-    ]
+    return [RowMap(own, {row: lenders for row, lenders in lent.items() if own[row] == NONE}, last) for own in owns.unbind()]
 
 
 def lender(
-    text: str, token: Token, numbers: Mapping[object, int], ids: Sequence[Mapping[str, int]], parents: Sequence[Parent]
+    text: str, token: Token, numbers: Mapping[Reference, int], ids: Sequence[Mapping[str, int]], parents: Sequence[Parent]
 ) -> tuple[tuple[int, int], ...]:
     """Where a recipe says that a token's row comes from."""
     if token.model is None:
@@ -93,7 +93,9 @@ def lender(
     if row is None:
         raise ValueError(f"tokenizer.tokens.{text}: {token.model} has no token {wanted!r}")
     if not 0 <= row < (parents[model].vocabulary or 0):
-        raise ValueError(f"tokenizer.tokens.{text}: {token.model} has rows 0 to {(parents[model].vocabulary or 0) - 1}, not {row}")
+        raise ValueError(
+            f"tokenizer.tokens.{text}: {token.model} has rows 0 to {(parents[model].vocabulary or 0) - 1}, not {row}"
+        )
     return ((model, row),)
 
 
@@ -135,7 +137,9 @@ def mean(parents: Sequence[Parent], model: int, name: str, rows: RowMap) -> Tens
 def gather(parent: Parent, name: str, numbers: Tensor) -> Tensor:
     """Rows by their numbers, read in runs."""
     if name not in parent.names:
-        raise CheckpointError("is missing", cure="leave the model out, or give it a head of its own", file=str(parent), tensor=name)
+        raise CheckpointError(
+            "is missing", cure="leave the model out, or give it a head of its own", file=str(parent), tensor=name
+        )
     wanted, back = numbers.unique(return_inverse=True)
     if int(wanted[-1]) >= count_rows(parent.shape(name)):
         problem = f"has {count_rows(parent.shape(name))} rows, and the tokenizer a token of number {int(wanted[-1])}"

@@ -6,37 +6,21 @@ observes before, a tile at a time too. Memory is some tiles for each model, what
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import poise
-from poise.checkpoint import Checkpoint, CheckpointError, count_rows
-from poise.checkpoint.open import open_checkpoint
-from poise.checkpoint.planned import Planned, check_disk, planned_memory
+from poise.checkpoint.planned import check_disk
 from poise.checkpoint.writing import write
 
-from . import tokenizers
-from .embeddings import mapped_rows, row_maps
-from .moments import SecondMoments
-from .opening import open_parents, place
+from .adapters import Joined
+from .merger import TILE, Merger, Progress
+from .needs import needs
 from .parents import Parent
-from .planning import Line, Part, Plan, Planner
-from .protocol import Place, build, observer_of, wide
-from .recipe import Recipe, Reference
-from .recipe.names import Resolved, resolve
-from .side_files import SideFiles
 from .verifying import verify
-
-TILE = 16 * 2**20  # bytes of float32 rows of one model that are merged at once
-Progress = Callable[[str, int, int], None]  # which pass, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -68,212 +52,6 @@ class Merged:
         return {**vars(self), "out": str(self.out)}
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a merge needs, from headers; `seconds` from a sample of rows, None where none was taken.
-
-    Attributes:
-        read, written: bytes in all, in every pass.
-        memory: bytes at most, above what the program itself takes.
-    """
-
-    read: int
-    written: int
-    memory: int
-    seconds: float | None = None
-
-
-@dataclass
-class Merger:
-    """A recipe over opened models: its plan, and the rows that come of it.
-
-    Args:
-        opened: models that are open already, by reference.
-        settings: beat the recipe's.
-        seed: of methods that draw, where the recipe names none.
-        dtype: of the result; beats the recipe's.
-        common_rows: where vocabularies differ and the recipe names no tokenizer, take the rows that all models have.
-    """
-
-    recipe: Recipe
-    opened: Mapping[Reference, Checkpoint] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    dtype: str | None = None
-    common_rows: bool = False
-    function: Callable[..., Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        name = self.dtype or self.recipe.dtype
-        dtype = getattr(torch, name, None) if name is not None else None
-        if name is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"dtype={name!r}: must be float16, bfloat16, float32 or float64")
-        self.method: Resolved = resolve(self.recipe.method, self.function, own=self.recipe.own)
-        self.parents: list[Parent] = open_parents(self.recipe, self.opened)
-        fixed = dict(self.settings)
-        if self.seed is not None and "seed" in self.method.keys and "seed" not in self.recipe.settings:
-            fixed.setdefault("seed", self.seed)
-        self.side_files = SideFiles(self.recipe, self.parents)
-        target, maps, vocabularies = self.side_files.target, None, self.side_files.vocabularies
-        if target is not None and self.recipe.tokenizer is not None:
-            base = None if self.recipe.base is None else self.recipe.models.index(self.recipe.base)
-            maps = row_maps(target, vocabularies, self.parents, base, self.recipe.tokenizer.tokens)
-        self.planner = Planner(
-            self.recipe, self.method, self.parents, maps=maps, common_rows=self.common_rows, dtype=dtype, fixed=fixed
-        )
-        self.plan: Plan = self.planner()
-        self.lines = {line.name: line for line in self.plan.lines}
-        self.fixed = fixed
-        self.seen: Any = None
-        self.beside: dict[Any, Mapping[str, Tensor]] = {}
-        self.offsets: dict[str, int] = {}
-        offset = 0
-        for name in sorted(name for name, line in self.lines.items() if not line.copied):
-            self.offsets[name] = offset
-            offset += self.lines[name].shape.numel()
-
-    @property
-    def planned(self) -> list[Planned]:
-        return [Planned(line.name, line.shape, line.dtype) for line in self.plan.lines]
-
-    def needs(self) -> Needs:
-        """What the merge will need; see `timed` for the time."""
-        kind = observer_of(self.method.function)
-        rounds = 0 if kind is None else kind.rounds
-        read = 0
-        for line in self.plan.lines:
-            for part in (*line.parts, *([line.base] if line.base else [])):
-                size = self.parents[part.parent].info(part.name).nbytes
-                read += size * (1 if line.copied else 1 + rounds)
-        # A tile of every model as it is stored and in float32, the result, and twice as much again for what a method makes of it.
-        held = max((2 * (len(line.parts) + 1) + 3 for line in self.plan.lines), default=0)
-        memory = planned_memory(self.planned, TILE, held=held)
-        memory += sum(len(rows.own) * 8 for rows in self.planner.maps or ())
-        return Needs(read, sum(line.nbytes for line in self.plan.lines), memory)
-
-    def timed(self) -> Needs:
-        """The same with a time, from merging some rows of the largest tensor and throwing them away."""
-        needs = self.needs()
-        lines = [line for line in self.plan.lines if not line.copied]
-        if not lines or not needs.written:
-            return needs
-        line = max(lines, key=lambda line: line.nbytes)
-        stop = tile_rows(line.shape, TILE // 4)
-        begun = time.perf_counter()
-        for part in (*line.parts, *([line.base] if line.base else [])):
-            self.read(part, 0, min(stop, count_rows(line.shape))).mul(1.0).to(line.dtype)
-        spent = time.perf_counter() - begun
-        share = min(stop, count_rows(line.shape)) / count_rows(line.shape) * line.shape.numel()
-        total = sum(line.shape.numel() for line in lines)
-        kind = observer_of(self.method.function)
-        passes = 2 + (0 if kind is None else kind.rounds)
-        return Needs(needs.read, needs.written, needs.memory, spent / share * total * passes)
-
-    def fingerprint(self) -> str:
-        """Of all that decides the result: the models, the recipe with what beats it, the method, the version of poise."""
-        digest = hashlib.sha256()
-        known = (poise.__version__, self.method.function.__qualname__, self.recipe.base, self.recipe.chat_template)
-        for said in (*known, sorted(map(str, self.fixed.items()))):
-            digest.update(f"{said}\0".encode())
-        for parent in self.parents:
-            digest.update(f"{parent.checkpoint.fingerprint()}\0".encode())
-        for line in self.plan.lines:
-            parts = [(part.parent, part.name) for part in (*line.parts, *([line.base] if line.base else []))]
-            digest.update(f"{line.name} {tuple(line.shape)} {line.dtype} {parts} {sorted(line.settings.items())}\0".encode())
-        digest.update(self.side_files.digest().encode())
-        for where in sorted({str(value) for line in self.plan.lines for value in self.besides(line)}):
-            found = self.aside(where)
-            digest.update((found.fingerprint() if isinstance(found, Checkpoint) else where).encode())
-        return digest.hexdigest()
-
-    def besides(self, line: Line) -> Iterator[Any]:
-        for setting in self.method.beside & set(line.settings):
-            yield from line.settings[setting]
-
-    def aside(self, where: Any) -> Mapping[str, Tensor]:
-        """What a setting names that stands beside a model: a file, or what `opened` has under that name."""
-        if where not in self.beside:
-            known = self.opened.get(Reference(str(where)))
-            self.beside[where] = SecondMoments(place(str(where), self.recipe)) if known is None else known
-        return self.beside[where]
-
-    def read(self, part: Part, start: int, stop: int) -> Tensor:
-        if part.rows is not None:
-            return mapped_rows(self.parents, part.parent, part.name, part.rows, start, stop)
-        return self.parents[part.parent].rows(part.name, start, stop)
-
-    def taken(self, line: Line, start: int, stop: int) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
-        """Rows of all models, of the base, and the settings, in which what stands beside the models is rows too."""
-        tensors = [self.read(part, start, stop) for part in line.parts]
-        base = None if line.base is None else self.read(line.base, start, stop)
-        if any(t.dtype == torch.float64 for t in (*tensors, *([] if base is None else [base]))):
-            tensors, base = [t.double() for t in tensors], None if base is None else base.double()
-        settings = dict(line.settings)
-        for setting in self.method.beside & set(settings):
-            found = [self.aside(where) for where in settings[setting]]
-            settings[setting] = [
-                wide(held.rows(part.name, start, stop) if isinstance(held, Checkpoint) else held[part.name][start:stop])
-                for held, part in zip(found, line.parts, strict=True)
-            ]
-        return tensors, base, settings
-
-    def place(self, line: Line, start: int) -> Place:
-        return Place(line.name, line.shape, start, self.offsets[line.name] + start * line.shape[1:].numel(), line.layer)
-
-    def observe(self, progress: Progress | None = None) -> None:
-        """Show all rows of all tensors to the method's observer, as often as it wants."""
-        kind = observer_of(self.method.function)
-        if kind is None or not self.offsets:
-            return
-        part = self.recipe.slices[0]
-        counts = {len(self.lines[name].parts) for name in self.offsets}
-        if len(counts) > 1:
-            raise ValueError(f"slices: {self.method.name} looks over the whole model; its slices must have equally many sources")
-        sources = [s for s in self.planner.completed(part).sources if self.method.base != "root" or s.model != self.recipe.base]
-        settings = self.planner.settings(part, sources, None, [""] * len(sources), 0.0)
-        self.seen = build(kind, settings, self.method.function, counts.pop())
-        total = kind.rounds * sum(self.lines[name].nbytes for name in self.offsets)
-        done = 0
-        for number in range(self.seen.rounds):
-            for name in self.offsets:
-                line = self.lines[name]
-                for start, stop in tiles(line.shape):
-                    tensors, base, own = self.taken(line, start, stop)
-                    self.seen.see(number, self.place(line, start), tensors, base, own)
-                    done += (stop - start) * line.shape[1:].numel() * line.dtype.itemsize
-                    if progress is not None:
-                        progress("observe", done, max(total, done))
-            self.seen.close(number)
-
-    def rows(self, planned: Planned, start: int, stop: int) -> Tensor:
-        """Rows of the result."""
-        line = self.lines[planned.name]
-        if line.copied:
-            part = line.parts[0]
-            parent = self.parents[part.parent]
-            return parent.checkpoint.rows(parent.names[part.name], start, stop)
-        tensors, base, settings = self.taken(line, start, stop)
-        if self.seen is not None:
-            settings["seen"] = self.seen.answer(self.place(line, start))
-        try:
-            return self.method.function(tensors, base, **settings)
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{line.name}: {error}") from error
-
-
-def tile_rows(shape: torch.Size, nbytes: int = TILE) -> int:
-    return max(1, nbytes // max(1, 4 * shape[1:].numel()))
-
-
-def tiles(shape: torch.Size) -> Iterator[tuple[int, int]]:
-    """Runs of rows that fit into a tile."""
-    step, count = tile_rows(shape), count_rows(shape)
-    for start in range(0, count, step):
-        yield start, min(start + step, count)
-
-
 def run(
     merger: Merger,
     out: str | Path,
@@ -292,7 +70,9 @@ def run(
     begun, out = time.perf_counter(), Path(out)
     merger.plan.check()
     check_out(out, merger.parents)
-    planned, written = merger.planned, merger.needs().written
+    if merger.adapters is not None:
+        return run_adapters(merger, merger.adapters, out, begun)
+    planned, written = merger.planned, needs(merger).written
     check_disk(out, written - sum(f.stat().st_size for f in out.glob("*.safetensors")) if out.is_dir() else written)
     merger.observe(progress)
     with tempfile.TemporaryDirectory() as made:
@@ -322,6 +102,24 @@ def run(
         seconds=time.perf_counter() - begun,
         notes=tuple(merger.plan.notes + merger.side_files.notes),
         broken=tuple(broken),
+    )
+
+
+def run_adapters(merger: Merger, joined: Joined, out: Path, begun: float) -> Merged:
+    tensors, parameters, nbytes = joined.write(out)
+    return Merged(
+        out=out,
+        method=merger.method.name,
+        models=tuple(map(str, merger.parents)),
+        tensors=tensors,
+        copied=0,
+        parameters=parameters,
+        nbytes=nbytes,
+        shards=1,
+        found=0,
+        seconds=time.perf_counter() - begun,
+        notes=tuple(merger.plan.notes + joined.notes),
+        broken=tuple(joined.verify(out)),
     )
 
 

@@ -94,6 +94,27 @@ class Parent:
         said = {self.config[key] for key in LAYERS if isinstance(self.config.get(key), int)}
         return {prefix: stack for prefix, stack in whole.items() if not said or stack.count in said}
 
+    @cached_property
+    def stack(self) -> Stack:
+        """The one run of layers that slices cut.
+
+        Raises:
+            CheckpointError: there is none, or there are several.
+        """
+        stacks = sorted(self.stacks.values(), key=lambda stack: stack.prefix)
+        if len(stacks) > 1:  # experts and heads are numbered too: the outermost run of most tensors is meant
+            weight = {s: sum(name.startswith(s.prefix) for name in self.names) for s in stacks}
+            most = max(weight.values())
+            if sorted(weight.values())[-2] * 4 > most:
+                names = ", ".join(f"{s.prefix}* ({s.count})" for s in stacks)
+                raise CheckpointError(
+                    f"has several runs of layers: {names}", cure="slices need one; use models:", file=str(self)
+                )
+            return max(stacks, key=lambda s: weight[s])
+        if not stacks:
+            raise CheckpointError("has no numbered layers", cure="slices need them; use models:", file=str(self))
+        return stacks[0]
+
     def layer(self, name: str) -> tuple[Stack, int, str] | None:
         """The stack that a tensor is in, the number of its layer, and its name there; None outside of layers."""
         match = NUMBERED.match(name)

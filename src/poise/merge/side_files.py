@@ -52,7 +52,7 @@ class SideFiles:
         words = [entry for entry in target.new if not entry["special"]]
         if wanted.source == "union" and len(words) > 1000:
             self.notes.append(
-                f"tokenizer: {len(words)} tokens of other models became added tokens, which are found before the base's own pieces;"
+                f"tokenizer: {len(words)} tokens of other models became added tokens, which are found before the base's own;"
                 " text may be cut differently from what any model has seen"
             )
 

@@ -1,6 +1,6 @@
 """Tokenizers without their library: vocabularies out of `tokenizer.json`, the union of several, what is written for the result.
 
-What the tokens of other models become in a union are added tokens of the base's tokenizer, as with mergekit: they are found in text
+In a union the tokens of other models become added tokens of the base's tokenizer, as with mergekit: they are found in text
 before its own pieces are. Numbers of the base's tokens stay; the others follow, in the order of the recipe's models.
 """
 
@@ -20,10 +20,20 @@ from .recipe import Reference, Tokenizer
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # Files that hold the tokens in older forms, and would contradict a tokenizer.json that was changed.
-OLDER = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OLDER = (
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 FILES = (TOKENIZER, CONFIG, TEMPLATE, "special_tokens_map.json", "chat_template.json", "generation_config.json", *OLDER)
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML}

@@ -25,8 +25,8 @@ def verify(
 ) -> list[str]:
     """What is wrong with a folder that was written; empty if nothing is.
 
-    Names, shapes and dtypes are those planned, every number is finite, `config.json` can be read, and of some tensors the first rows
-    are merged again and are the same to the bit.
+    Names, shapes and dtypes are those planned, every number is finite, `config.json` can be read, and of some tensors the first
+    rows are merged again and are the same to the bit.
     """
     try:
         found = open_checkpoint(out)
@@ -36,7 +36,10 @@ def verify(
     broken = [f"{name}: not written" for name in wanted if name not in found]
     broken += [f"{name}: not planned" for name in found if name not in wanted]
     for tensor in planned:
-        if tensor.name in found and (found.info(tensor.name).shape, found.info(tensor.name).dtype) != (tensor.shape, tensor.dtype):
+        if tensor.name in found and (found.info(tensor.name).shape, found.info(tensor.name).dtype) != (
+            tensor.shape,
+            tensor.dtype,
+        ):
             broken.append(f"{tensor.name}: {found.info(tensor.name)} where {tensor} was planned")
     if (out / "config.json").is_file():
         try:

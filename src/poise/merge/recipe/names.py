@@ -14,8 +14,8 @@ from ..protocol import PER_MODEL, besides
 from .passthrough import passthrough
 from .schema import Value
 
-# What the base model is to a method: "root": differences from it are merged, and it is not one of the models. "first": it is the
-# first of the models. "among": it is one of the models if the recipe lists it there, and else only gives dtype and tokenizer.
+# What the base model is to a method. "root": differences from it are merged, and it is not one of the models. "first": it is
+# the first of them. "among": it is one of the models if the recipe lists it there, and else only gives config and tokenizer.
 Role = Literal["root", "first", "among"]
 
 
@@ -29,7 +29,8 @@ class Theirs:
         idle: name there -> why it changes nothing here.
         defaults: what mergekit takes where a recipe is silent and poise's own default is another, in names used here.
         fixed: settings that make the method here the one there.
-        deviation: what comes out differently, and why.
+        needs_base: whether a method of differences can do nothing without a base.
+        deviations: setting here -> what comes out differently unless the recipe sets it.
     """
 
     method: str
@@ -38,7 +39,8 @@ class Theirs:
     idle: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Value] = field(default_factory=dict)
     fixed: Mapping[str, Value] = field(default_factory=dict)
-    deviation: str = ""
+    needs_base: bool = True
+    deviations: Mapping[str, str] = field(default_factory=dict)
 
 
 MASK = {"int8_mask": "signs take no memory worth saving where rows are merged one tile at a time"}
@@ -51,25 +53,26 @@ def agreeing(normalize: Any) -> str:
 
 
 ELECTED = {**LAMBDA, "normalize": ("disjoint", agreeing)}
-SCOPE = "thresholds are sought over the whole model, as in the paper, not in each tensor: trim_scope: tensor is mergekit's way"
-DROPS = "survivors are divided by the density, as in the paper, not scaled to the old L1 norm: rescale: l1 is mergekit's way"
-STRAIGHT = "norms and biases are interpolated linearly: vectors: slerp is mergekit's way"
+SCOPE = {"trim_scope": "thresholds are sought over the whole model, as in the paper; mergekit: trim_scope: tensor"}
+DROPS = {"rescale": "survivors are divided by the density, as in the paper; mergekit: rescale: l1"}
+STRAIGHT = {"vectors": "norms and biases are interpolated linearly; mergekit: vectors: slerp"}
 
 # Where a recipe is silent, numbers are mergekit's; where the two compute differently, poise follows the paper, and says so.
 THEIRS: dict[str, Theirs] = {
     "linear": Theirs("linear", base="among"),
-    "slerp": Theirs("slerp", base="first", deviation=STRAIGHT),
+    "slerp": Theirs("slerp", base="first", deviations=STRAIGHT),
     "passthrough": Theirs("passthrough", base="among"),
     "task_arithmetic": Theirs(
         "task_arithmetic",
         settings=LAMBDA,
         idle={**MASK, "density": "nothing is trimmed", "rescale": "nothing is dropped"},
     ),
-    "ties": Theirs("ties", settings=ELECTED, idle=MASK, defaults={"density": 1.0}, deviation=SCOPE),
-    "dare_linear": Theirs("dare_linear", settings=LAMBDA, idle=MASK, deviation=DROPS),
-    "dare_ties": Theirs("dare_ties", settings=ELECTED, idle=MASK, defaults={"disjoint": "sum"}, deviation=DROPS),
+    "ties": Theirs("ties", settings=ELECTED, idle=MASK, defaults={"density": 1.0}, deviations=SCOPE),
+    "dare_linear": Theirs("dare_linear", settings=LAMBDA, idle=MASK, deviations=DROPS),
+    "dare_ties": Theirs("dare_ties", settings=ELECTED, idle=MASK, defaults={"disjoint": "sum"}, deviations=DROPS),
 }
 
+OURS = {"ota": Theirs("ota", needs_base=False)}
 OWN = {"passthrough": passthrough}
 ABSENT = (
     "nuslerp", "multislerp", "karcher", "model_stock", "nearswap", "arcee_fusion", "sce", "breadcrumbs", "breadcrumbs_ties",
@@ -105,9 +108,9 @@ def resolve(name: str, function: Callable[..., Tensor] | None = None, *, own: bo
     Raises:
         ValueError: for a method that poise does not have, by its name.
     """
-    theirs = THEIRS.get(name, Theirs(name))
+    theirs = THEIRS.get(name) or OURS.get(name) or Theirs(name, needs_base=function is None)
     if own:
-        theirs = Theirs(theirs.method, theirs.base)
+        theirs = Theirs(theirs.method, theirs.base, needs_base=theirs.needs_base)
     if function is None:
         function = find(name, theirs)
     hints = get_type_hints(function, include_extras=True)

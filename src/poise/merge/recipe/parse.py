@@ -88,8 +88,8 @@ class Reader:
             if key in REFUSED:
                 raise self.wrong(inner, f"not supported: {REFUSED[key]}")
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                near = difflib.get_close_matches(str(key), known, n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
                 raise self.wrong(inner, f"unknown key; {hint}")
         return {str(key): value for key, value in tree.items() if value is not None}
 
@@ -156,9 +156,7 @@ class Reader:
 
     def slice(self, tree: Any, where: str) -> Slice:
         found = self.keys(tree, where, ("sources", "parameters", "base_model"))
-        sources = tuple(
-            self.source(*entry, ranges=True) for entry in self.items(found.get("sources"), join(where, "sources"))
-        )
+        sources = tuple(self.source(*entry, ranges=True) for entry in self.items(found.get("sources"), join(where, "sources")))
         lengths = {source.layers[1] - source.layers[0] for source in sources if source.layers is not None}
         if len(lengths) > 1:
             raise self.wrong(join(where, "sources"), f"layer_range must be equally long in all, not {sorted(lengths)} layers")

@@ -58,6 +58,13 @@ class Slice:
     base: Reference | None = None
     where: str = ""
 
+    @property
+    def length(self) -> int:
+        """How many layers of the result it makes; only of slices."""
+        layers = self.sources[0].layers
+        assert layers is not None
+        return layers[1] - layers[0]
+
 
 @dataclass(frozen=True)
 class Token:

@@ -1,0 +1,1 @@
+"""Tests of merging; a package, so that they share `cutting`."""
