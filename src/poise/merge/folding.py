@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from poise.checkpoint import Checkpoint, CheckpointError, TensorInfo, count_rows
+from poise.checkpoint.lora import Full
 from poise.checkpoint.peft_directory import PeftDirectory
 
 
@@ -34,7 +35,8 @@ class Folded(Checkpoint):
             if name not in model:
                 raise CheckpointError("the model has no such tensor", cure=cure, file=adapter.path, tensor=name)
             own, shape = model.info(name).shape, update.shape
-            if own != shape and (own[1:] != shape[1:] or name in model.ties.values()):
+            grown = isinstance(update, Full) and own[1:] == shape[1:] and name not in model.ties.values()
+            if own != shape and not grown:
                 problem = f"the adapter's change is {list(shape)}, the model's weight {list(own)}"
                 raise CheckpointError(problem, cure=cure, file=adapter.path, tensor=name)
 
