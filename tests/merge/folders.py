@@ -20,14 +20,14 @@ SMALL: dict[str, Any] = dict(
 def model(folder: Path, seed: int, near: Path | None = None, **config: Any) -> Path:
     """A model whose weights are drawn from `seed`; with `near`, those of another model and a little more."""
     torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**(SMALL | {"initializer_range": 0.2} | config)))
+    settings: dict[str, Any] = {**SMALL, "initializer_range": 0.2, **config}
+    gpt = GPT(GPTConfig(**settings))
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     if near is not None:
-        start = tensors(near)
-        gpt.load_state_dict({n: start.get(n, p) + 0.05 * torch.randn_like(p) for n, p in gpt.state_dict().items()})
+        gpt.load_state_dict({name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in tensors(near).items()})
     gpt.save_pretrained(folder)
     return folder
 

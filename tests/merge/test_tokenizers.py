@@ -24,7 +24,7 @@ WORDS = ["<unk>", "one", "two", "three"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """base: four words. chat: they and two tokens of a chat. other: they in another order, one of the two, one more, padding."""
+    """base: four words. chat: they and two tokens of a chat. other: they in another order, one of the two, one more."""
     for name, rows, words, added in (
         ("base", 4, WORDS, {}),
         ("chat", 6, WORDS, {"<start>": 4, "<end>": 5}),
