@@ -16,7 +16,8 @@ from .recipe import Recipe, Reference
 
 def open_parents(recipe: Recipe, opened: Mapping[Reference, Checkpoint]) -> list[Parent]:
     """Every model of a recipe, opened, in the order of `recipe.models`. What is in `opened` already is taken from there."""
-    return [Parent(reference, opened.get(reference) or open_model(reference, recipe)) for reference in recipe.models]
+    held = {reference: opened[reference] for reference in recipe.models if reference in opened}
+    return [Parent(model, held[model] if model in held else open_model(model, recipe)) for model in recipe.models]
 
 
 def open_model(reference: Reference, recipe: Recipe) -> Checkpoint:
