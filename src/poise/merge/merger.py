@@ -59,8 +59,9 @@ class Merger:
         self.method: Resolved = resolve(self.recipe.method, self.function, own=self.recipe.own)
         self.parents: list[Parent] = open_parents(self.recipe, self.opened)
         fixed = dict(self.settings)
-        if self.seed is not None and "seed" in self.method.keys and "seed" not in self.recipe.settings:
-            fixed.setdefault("seed", self.seed)
+        said = {key for _, level in Chosen(self.recipe, self.method, fixed).levels() for key in level}
+        if self.seed is not None and "seed" in self.method.keys and "seed" not in said:
+            fixed["seed"] = self.seed
         self.side_files = SideFiles(self.recipe, self.parents)
         target, maps, vocabularies = self.side_files.target, None, self.side_files.vocabularies
         if target is not None and self.recipe.tokenizer is not None:
