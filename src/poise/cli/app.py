@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import poise
-from poise.cli import compare, inspect, methods, plan, report, train, verify
+from poise.cli import compare, inspect, merge, methods, plan, report, train, verify
 
 app = typer.Typer(
     name="poise",
@@ -20,9 +20,18 @@ app.command("methods")(methods.methods)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("train")(train.train)
-app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("merge")(merge.merge)
+planner = typer.Typer(
+    cls=plan.ByCommand,
+    help="Say what a command will need, memory, disk and time, and every error that can be known before. "
+    "What is no command is a task, and `poise plan TASK` is `poise plan train TASK`.",
+    no_args_is_help=False,
+)
+planner.command("train")(plan.plan)
+planner.command("merge")(merge.plan_merge)
+app.add_typer(planner, name="plan")
 
 
 def version(asked: bool) -> None:

@@ -1,13 +1,14 @@
-"""`poise plan`: what a training step will need."""
+"""`poise plan`: what a command will need. `poise plan train` is here, what a training step will."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from poise import catalog
 from poise.cli.compare import TASK, device_of
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 ROOM = 1.5  # of what was counted must be free before real steps are taken: a peak is above what is held
 COLUMNS = ("weights", "gradients", "state", "activations", "total")
+
+
+class ByCommand(TyperGroup):
+    """`poise plan merge ...` plans a merge; what does not begin with a command is a training task and its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
 
 
 def plan(

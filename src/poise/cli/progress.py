@@ -6,7 +6,17 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 
@@ -40,6 +50,37 @@ class Bar:
     def drop(self, passes: int) -> None:
         self.total -= passes
         self.progress.update(self.task, total=self.total)
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+
+class BytesBar:
+    """Follows work over bytes, part after part, on stderr; silent where there is no terminal or `quiet` is asked."""
+
+    def __init__(self, quiet: bool) -> None:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+        self.part = ""
+        self.task = self.progress.add_task("", total=None)
+
+    def at(self, part: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of a part; the rate and the time left are that part's."""
+        if part != self.part:
+            self.part = part
+            self.progress.reset(self.task, total=total, completed=done, description=part)
+        self.progress.update(self.task, completed=done, total=total)
 
     def __enter__(self) -> Self:
         self.progress.start()
