@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.writers import Counting, Forks, broken, contents, plan, written
 
+from checkpoint.writers import Counting, Forks, broken, contents, plan, written
 from poise.checkpoint import CheckpointError, Interrupted, Planned
 from poise.checkpoint.journal import JOURNAL
 

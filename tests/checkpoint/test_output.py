@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.writers import Counting, contents, made, plan, value, written
 from torch import Tensor
 
+from checkpoint.writers import Counting, contents, made, plan, value, written
 from poise.checkpoint import CheckpointError, Planned, write
 from poise.checkpoint.journal import JOURNAL
 

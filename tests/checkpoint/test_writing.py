@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.writers import CONFIG, contents, plan, value, written
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from checkpoint.writers import CONFIG, contents, plan, value, written
 from poise.checkpoint import CheckpointError, Planned, StateDict, Written, altered, side_files, write
 from poise.checkpoint.journal import JOURNAL
 from poise.checkpoint.shards import ORDER
