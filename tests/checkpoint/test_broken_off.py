@@ -132,6 +132,15 @@ def test_a_full_disk_is_named_and_what_is_finished_is_kept(tmp_path: Path, monke
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_system_that_takes_a_few_bytes_at_a_time_is_given_the_rest(tmp_path: Path, monkeypatch: Any) -> None:
+    written(tmp_path / "whole")
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: real(file, data[:7]))
+        written(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_file_that_the_system_lets_grow_no_further_is_a_full_disk(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1100, before[1]))

@@ -175,6 +175,12 @@ def test_tiles_are_as_large_as_asked_and_whole_tensors_whole(tmp_path: Path) -> 
     assert asked == [*a, ("b", 0, 10), ("c", 0, 1), ("e", 0, 1), ("e", 1, 2), ("e", 2, 3), ("f", 0, 5)]
 
 
+def test_whole_tensors_are_cast_in_the_same_small_buffer(tmp_path: Path) -> None:
+    written(tmp_path / "tiles")
+    written(tmp_path / "whole", whole=lambda tensor: True)
+    assert contents(tmp_path / "tiles") == contents(tmp_path / "whole")
+
+
 def test_a_file_that_changed_is_told_from_one_that_did_not(tmp_path: Path) -> None:
     out = tmp_path / "out"
     written(out)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from poise.checkpoint import Planned, Written, altered, planned_memory, write
+from poise.checkpoint.journal import JOURNAL
 
 DEAD = 9
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "vocab_size": 24, "dtype": "float32"}
@@ -136,7 +137,8 @@ class Dying:
 
     def note_replace(self, _: Any, source: str, path: str) -> None:
         before = Path(path).read_bytes() if os.path.exists(path) else None
-        self.renamed.append((source, path, before))
+        if not path.endswith(JOURNAL):  # of two new names a disk may keep the second, which is worse than none
+            self.renamed.append((source, path, before))
         self.sizes[path] = self.sizes.pop(source)
 
     def note_unlink(self, _: Any, path: Any) -> None:
