@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -96,7 +96,7 @@ def shampoo(bound: float | None, note: str, grafting: str = "none", **settings: 
     )
 
 
-def shampoo_4bit(base: str, bits: int, bound: float, order: int = 1200) -> Case:
+def shampoo_4bit(base: Literal["sgd", "adamw"], bits: Literal[4, 32], bound: float, order: int = 1200) -> Case:
     settings = {"lr": 0.01, "weight_decay": 0.1}
 
     def theirs(problem: Problem, module: Any) -> Trajectory:

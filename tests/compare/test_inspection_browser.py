@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
-from screenshot import chromium
+from browser import chromium, window
+from playwright.sync_api import Browser, Page
 
 from poise.checkpoint import StateDict
 from poise.checkpoint.inspecting import Inspection, inspect
@@ -25,12 +25,10 @@ HOSTILE = '<img src="http://evil.example/x" onerror="alert(1)">{b}'
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if (path := chromium()) is None:
+    if chromium() is None:
         pytest.fail(MISSING)
-    with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield window
-        window.close()
+    with window() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from poise.memory import asymmetric
 from poise.optim import MicroAdam
+from poise.optim.rules.microadam import micro_adam
 
 micro = partial(MicroAdam, backend="eager")
 
@@ -122,7 +123,9 @@ def test_what_is_kept_and_what_is_left_is_what_came_in_up_to_half_a_unit() -> No
     params = leaves(start)
     opt = micro(params, density=0.05, block=128, window=4, value_dtype=torch.float32)
     state, d = opt.state[params[0]], 660
-    top = opt._roster.rules["micro_adam"].links[0].top
+    link = opt.rule_of(opt.param_groups[0]).links[0]
+    assert isinstance(link, micro_adam)
+    top = link.top
 
     def left() -> Tensor:
         return asymmetric.decode(state["error"], state["error_lo"], state["error_hi"], d, torch.float64)

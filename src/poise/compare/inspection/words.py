@@ -91,6 +91,7 @@ def row(tensor: Tensor, other: str | None) -> Row:
         if spectrum is None
         else (spectrum.spectral, spectrum.stable_rank, spectrum.effective_rank, spectrum.condition)
     )
+    spectral, stable, effective, condition = map(short, values)
     return Row(
         tensor.name,
         what.role,
@@ -102,7 +103,10 @@ def row(tensor: Tensor, other: str | None) -> Row:
         short(seen.largest),
         short(seen.kurtosis),
         f"{seen.zeros / seen.count:.1%}" if seen.zeros else "",
-        *(short(value) for value in values),
+        spectral,
+        stable,
+        effective,
+        condition,
         bool(seen.nan or seen.inf),
     )
 
