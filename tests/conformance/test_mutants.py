@@ -18,8 +18,8 @@ MADE = re.compile(r"""\bmutated\(\s*(?:\w+\.)?get\(\s*"([^"]+)"\s*\)""")
 
 @cache
 def made() -> frozenset[str]:
-    """Names of the entries whose mistake some test makes: of optimizers and drivers in a sweep, of all others one by one."""
-    swept = [*entries(), *(entry for entry in methods("training") if entry.kind == "driver")]
+    """Names of the entries whose mistake some test makes: of optimizers, drivers, merges in a sweep, of others one by one."""
+    swept = [*entries(), *(entry for entry in methods() if entry.kind in ("driver", "merge"))]
     named = (name for file in TESTS.rglob("test_*.py") for name in MADE.findall(file.read_text()))
     return frozenset({entry.name for entry in swept}.union(named))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.optim import Optimizer
 from poise.optim.engine import shards
 
 from .driver import Driver
@@ -149,7 +150,8 @@ class LayerMeans:
 def wanted(opt: torch.optim.Optimizer) -> bool:
     """Whether a rule of this optimizer reads what `LayerMeans` feeds."""
     base = opt.base if isinstance(opt, Driver) else opt
-    return any(FEEDS[0] in link.feeds for rule in getattr(base, "_rules", {}).values() for link in rule)
+    rules = map(base.rule_of, base.param_groups) if isinstance(base, Optimizer) else ()
+    return any(FEEDS[0] in link.feeds for rule in rules for link in rule)
 
 
 def _shared(p: Any, whole: Tensor) -> Tensor:
