@@ -11,6 +11,7 @@ import torch
 
 from poise.checkpoint import StateDict, open_checkpoint
 from poise.checkpoint.structure import ROLES, Structure, describe, layers
+from poise.checkpoint.structure.ties import asks
 
 from .layouts import CONFIGS, build, save
 
@@ -314,3 +315,19 @@ def test_a_folder_is_described_as_its_module_is(tmp_path: Path) -> None:
     in_memory = describe(StateDict(build("gpt2")))
     assert {name: on_disk[name] for name in on_disk.tensors} == dict(in_memory.tensors)
     assert in_memory.ties == {"lm_head.weight": "transformer.wte.weight"} and in_memory.tied.shared
+
+
+@pytest.mark.parametrize(
+    "config, tied",
+    [
+        ({}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": None}, False),
+        ({"text_config": {"tie_word_embeddings": False}}, False),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "vision_config": {"tie_word_embeddings": True}}, False),
+    ],
+    ids=str,
+)
+def test_a_config_asks_for_a_tie_unless_it_or_its_text_model_says_otherwise(config: dict[str, Any], tied: bool) -> None:
+    assert asks(config) is tied

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,19 +10,12 @@ import torch
 
 from .errors import CheckpointError
 from .planned import Planned
+from .structure.ties import DECODERS, is_class
+from .structure.words import TOKEN_HEAD, TOKENS
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the older one
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "emb_dim")
-
-# Names by what a tensor does, which the families of models share.
-EMBEDDING = re.compile(
-    r"(.*\.)?(embed_tokens|wte|word_embeddings?|tok_embeddings|token_embedding|embed_in|shared|embeddings)\.weight"
-)
-HEAD = re.compile(
-    r"(.*\.)?(lm_head|embed_out|proj_out|output_projection|predictions\.decoder|lm_head\.decoder)\.weight|output\.weight"
-)
-WITH_HEAD = ("ForCausalLM", "LMHeadModel")
 
 
 def config_for(config: Mapping[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
@@ -41,9 +33,9 @@ def config_for(config: Mapping[str, Any], planned: Sequence[Planned]) -> dict[st
     """
     kept = copy.deepcopy(dict(config))
     _set_dtype(kept, planned)
-    embeddings = [t for t in planned if len(t.shape) == 2 and EMBEDDING.fullmatch(t.name)]
+    embeddings = [t for t in planned if len(t.shape) == 2 and TOKENS.fullmatch(t.name)]
     if embeddings:
-        heads = [t for t in planned if len(t.shape) == 2 and HEAD.fullmatch(t.name)]
+        heads = [t for t in planned if len(t.shape) == 2 and TOKEN_HEAD.fullmatch(t.name)]
         _check_width(kept, embeddings)
         _check_heads(embeddings, heads)
         _set_vocabulary(kept, embeddings)
@@ -115,6 +107,6 @@ def _set_ties(config: dict[str, Any], head: bool) -> None:
     places = [place for place in (config, inner) if isinstance(place, dict) and key in place]
     if head and not places:
         places = [config]
-    if head or any(str(name).endswith(WITH_HEAD) for name in config.get("architectures") or ()):
+    if head or is_class(config, DECODERS):
         for place in places:
             place[key] = not head

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class CheckpointError(ValueError):
@@ -19,3 +21,7 @@ class CheckpointError(ValueError):
         if tensor is not None:
             where.append(f"tensor {tensor!r}")
         super().__init__(": ".join([*where, f"{problem}; {cure}"]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a worker hands it to the process that started it, and an exception is made anew from its message alone
+        return partial(CheckpointError, cure=self.cure, file=self.file, tensor=self.tensor), (self.problem,)

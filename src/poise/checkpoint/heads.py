@@ -10,12 +10,10 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
+from .structure.ties import GENERATORS, asks, is_class
+from .structure.words import TOKEN_HEAD, TOKENS
 
 HEAD = "lm_head.weight"
-# Classes that put a head named `lm_head` on a decoder.
-_GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|token_embedding)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|head)\.(weight|qweight|weight_packed)$")
 
 
 @dataclass(frozen=True)
@@ -30,17 +28,16 @@ def find_head(weights: Checkpoint, config: Mapping[str, Any], path: Path) -> Hea
     Stored once, it is tied if `tie_word_embeddings` is true, or is not said and so is the class's default. If it is false, what
     loads the directory draws the head at random, and says so in a line of its log at most: that is a warning.
     """
-    classes = config.get("architectures")
-    if not isinstance(classes, list) or not any(isinstance(c, str) and _GENERATES.search(c) for c in classes):
+    if not is_class(config, GENERATORS):
         return Head()
-    embeddings = [name for name in weights if _EMBEDDING.search(name)]
+    embeddings = [name for name in weights if TOKENS.fullmatch(name)]
     if not embeddings or _stored(weights, embeddings):
         return Head()
-    tied = [part["tie_word_embeddings"] for part in _parts(config) if "tie_word_embeddings" in part]
-    if any(tied) or not tied:
+    if asks(config):
         # Encoder and decoder have names of their own for what is shared; the shared one is the shortest.
         return Head({HEAD: min(embeddings, key=len)})
-    problem = f'is not stored, and the config says "tie_word_embeddings": false: {classes[0]} would be given a random head'
+    name = config["architectures"][0]
+    problem = f'is not stored, and the config says "tie_word_embeddings": false: {name} would be given a random head'
     cure = (
         f'if the model was tied, set "tie_word_embeddings": true, so that the head is {embeddings[0]!r}; '
         f"if it was not, fetch or save the weights again, with their head"
@@ -48,16 +45,11 @@ def find_head(weights: Checkpoint, config: Mapping[str, Any], path: Path) -> Hea
     return Head(warnings=(CheckpointError(problem, cure=cure, file=path, tensor=HEAD),))
 
 
-def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    inner = config.get("text_config")
-    return [config, inner] if isinstance(inner, Mapping) else [config]
-
-
 def _stored(weights: Checkpoint, embeddings: list[str]) -> bool:
     """A tensor with a head's name; or, outside of the layers, one that has as many rows as there are tokens."""
     tokens = {weights.info(name).shape[:1] for name in embeddings}
     for name in weights:
-        if _HEAD.search(name):
+        if TOKEN_HEAD.fullmatch(name):
             return True
         shape = weights.info(name).shape
         outside = not re.search(r"\.\d+\.", name) and not re.search(r"pos|wpe|type", name)

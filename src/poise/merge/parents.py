@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from poise.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from poise.checkpoint.structure.ties import asks
 
 from .protocol import wide
 from .recipe import Reference
@@ -146,7 +147,7 @@ class Parent:
 
     def tie(self, name: str) -> bool:
         """Take `name`, which other models store and this one does not, for the embedding, if it can be the tied head."""
-        if self.embedding is None or self.config.get("tie_word_embeddings", True) is False:
+        if self.embedding is None or not asks(self.checkpoint.config):
             return False
         self.names[name] = self.names[self.embedding]
         return True

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-# Heads by these names, or by none, turn into tokens; others may well be random where they are missing: a user's classifier.
-GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+# How classes are called that turn into tokens. The head of another one may well be missing and random: a user's classifier.
+DECODERS = ("ForCausalLM", "LMHeadModel")  # their head is called `lm_head`
+GENERATORS = (*DECODERS, "ForConditionalGeneration")
+TOKEN_MODELS = (*GENERATORS, "ForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ def tied(
     wanted = asks(config)
     if embedding is None or head is not None or embedding in ties.values():
         return Tied(embedding, head, shared=head is None and embedding in ties.values(), problem=None)
-    generates = any(str(name).endswith(GENERATES) for name in config.get("architectures") or ())
-    if not generates:
+    if not is_class(config, TOKEN_MODELS):
         return Tied(embedding, None, shared=False)
     problem = None
     if not wanted:
@@ -61,15 +62,25 @@ def tied(
     return Tied(embedding, None, shared=wanted, problem=problem)
 
 
+def is_class(config: Mapping[str, Any], endings: tuple[str, ...]) -> bool:
+    """Whether the config is of a class whose name ends so."""
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(isinstance(name, str) and name.endswith(endings) for name in classes)
+
+
 def insists(config: Mapping[str, Any]) -> bool:
     """Whether config says in so many words that the head is tied."""
-    inner = config.get("text_config")
-    parts = [config, inner] if isinstance(inner, Mapping) else [config]
-    return any(part.get("tie_word_embeddings") is True for part in parts)
+    return any(_said(config))
 
 
 def asks(config: Mapping[str, Any]) -> bool:
     """Whether config asks for a tied head. The key is left out where it is true, which is what it is unless said otherwise."""
+    said = _said(config)
+    return any(said) or not said
+
+
+def _said(config: Mapping[str, Any]) -> list[bool]:
+    """What the config says of ties, and that of the text model inside of it."""
     inner = config.get("text_config")
-    default = asks(inner) if isinstance(inner, Mapping) and "tie_word_embeddings" in inner else True
-    return bool(config.get("tie_word_embeddings", default))
+    parts = [config, inner] if isinstance(inner, Mapping) else [config]
+    return [part["tie_word_embeddings"] is True for part in parts if "tie_word_embeddings" in part]

@@ -7,6 +7,14 @@ import re
 # Names that say "output" wherever they stand outside the blocks.
 HEAD = re.compile(r"(\w+_)?heads?(_\w+)?|classifier|(\w+_)?(unembed|logits)(ding)?s?|embed_out", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|(^|[._])(wte|wpe|(\w+_)?(emb|table)(_\w+)?)([._]|$)", re.IGNORECASE)
+# Whole names of the table of tokens and of the head that turns into tokens, where no model's shapes are at hand to ask.
+TOKENS = re.compile(
+    r"(.*\.)?(embed_tokens|wte|word_embeddings?|tok_embeddings|token_embedding|embed_in|shared|embeddings)\.weight"
+)
+TOKEN_HEAD = re.compile(
+    r"((.*\.)?(lm_head|embed_out|proj_out|output_projection|output_layer|predictions\.decoder|lm_head\.decoder)|output)"
+    r"\.(weight|qweight|weight_packed)"
+)
 EXPERT = re.compile(r"expert", re.IGNORECASE)
 ATTENTION = re.compile(r"(attention|attn|mha)\d*$", re.IGNORECASE)
 # Projections that keep query, key and value one below the other. `query_key_value` is missing on purpose: under that name,
