@@ -11,7 +11,6 @@ import pytest
 
 from poise.optim.engine import tiles
 from poise.optim.engine.kernels import Kernel
-from poise.optim.engine.tiled import sum_tiles
 from poise.optim.engine.tiles import Launch, Operand, Step
 
 Run = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
@@ -153,7 +152,7 @@ def test_sums_of_tiles_are_added_up_for_each_tensor() -> None:
     made = launch([one], [tensors], partial=16)
     for _ in range(2):  # a second run does not add to the first
         made.run()
-        assert sum_tiles(made, 3, 2).tolist() == [[249 * 250 / 2, 250], [0, 0], [3, 3]]
+        assert made.sums(3, 2).tolist() == [[249 * 250 / 2, 250], [0, 0], [3, 3]]
     del alive
 
 

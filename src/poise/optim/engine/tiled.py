@@ -17,7 +17,7 @@ from torch import Tensor
 from poise.memory.codec import Codec
 from poise.memory.rounding import noise_bits
 
-from . import inductor, kernels, tiles
+from . import inductor, kernels, shards, tiles
 from .blocks import Layout
 from .identity import identity
 from .members import LOW, SALT_WEIGHTS, Member, WeightFormat, noise_keys, state_draw
@@ -232,7 +232,7 @@ class Tiled:
         return self.launches[key]
 
     def _address(self, member: Member, name: str) -> int:
-        t = local_tensor(member.state[name])
+        t = shards.local(member.state[name])
         shape, dtype = member.kept()[name]
         if tuple(t.shape) != shape or t.dtype != dtype or not t.is_contiguous():
             raise ValueError(
@@ -271,22 +271,7 @@ class Tiled:
         launch.run()
         if not self.sums:
             return np.zeros((len(members), 0))
-        return sum_tiles(launch, len(members), len(self.sums))
-
-
-def sum_tiles(launch: tiles.Launch, members: int, sums: int) -> np.ndarray:
-    """Partial results of the tiles added up for each tensor, in the order of the tiles whatever thread ran them."""
-    total = np.zeros((members, sums))
-    if len(launch.tiles):
-        partial = launch.partial.reshape(-1).view(np.float64).reshape(len(launch.tiles), sums)
-        owner = launch.tiles[:, 0]
-        first = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-        total[owner[first]] = np.add.reduceat(partial, first, axis=0)
-    return total
-
-
-def local_tensor(t: Tensor) -> Tensor:
-    return getattr(t, "_local_tensor", t)
+        return launch.sums(len(members), len(self.sums))
 
 
 def _shape(codec: Codec, per_block: int) -> tuple[int | None, ...]:

@@ -120,6 +120,16 @@ class Launch:
             min(torch.get_num_threads(), len(self.tiles)),
         )  # fmt: skip
 
+    def sums(self, tensors: int, count: int) -> np.ndarray:
+        """(tensors, count) partial results added up over the tiles of each tensor, in their order whatever thread ran them."""
+        total = np.zeros((tensors, count))
+        if len(self.tiles):
+            partial = self.partial.reshape(-1).view(np.float64).reshape(len(self.tiles), count)
+            owner = self.tiles[:, 0]
+            first = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
+            total[owner[first]] = np.add.reduceat(partial, first, axis=0)
+        return total
+
 
 def _cut(tensor: int, offset: int, length: int, index: int, row: int, size: int) -> np.ndarray:
     """Tiles of one run; where `row` is given (no block divides it) a tile stays within a row."""
