@@ -229,7 +229,8 @@ def metadata(family: str, **more: Any) -> dict[str, Any]:
 
 def test_rows_of_queries_and_keys_are_put_back_in_their_order_row_by_row(path: Path) -> None:
     torch.manual_seed(0)
-    state = {f"model.layers.0.self_attn.{p}_proj.weight": torch.randn(n, 16) for p, n in (("q", 16), ("k", 8), ("v", 8))}
+    # heads of 6 rows: of 4, the order there and the order back would be one
+    state = {f"model.layers.0.self_attn.{p}_proj.weight": torch.randn(n, 16) for p, n in (("q", 24), ("k", 12), ("v", 12))}
     found = GGUFFile(gguf(path, convert(state, LAYER, False, (4, 2)), metadata("llama")))
     assert set(found) == set(state)
     for name, tensor in state.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -180,3 +181,15 @@ def test_a_page_of_html_saved_as_weights_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "m.safetensors")
     refused(error, "no safetensors file", "fetch the file again")
     assert list(open_checkpoint(forge(tmp_path / "m.safetensors", {"a": FOUR}, bytes(4)))) == ["a"]
+
+
+def test_an_error_comes_back_whole_from_another_process() -> None:
+    error = CheckpointError("has no rows", cure="fetch it again", file=Path("m.safetensors"), tensor="w")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is CheckpointError and str(again) == str(error)
+    assert (again.problem, again.cure, again.file, again.tensor) == (
+        "has no rows",
+        "fetch it again",
+        Path("m.safetensors"),
+        "w",
+    )

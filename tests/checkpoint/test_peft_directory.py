@@ -171,6 +171,7 @@ class Net(nn.Module):
 
         super().__init__()
         self.emb = nn.Embedding(11, 6)
+        self.square = nn.Embedding(6, 6)  # whose shape does not tell that it is stored (in, out)
         self.turned = Conv1D(8, 6)
         self.lin = nn.Linear(8, 5)
         self.conv = nn.Conv2d(3, 4, (3, 2))
@@ -192,7 +193,7 @@ def test_folding_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
     config = LoraConfig(
         r=3,
         lora_alpha=7,
-        target_modules=["emb", "turned", "lin", "conv", "point"],
+        target_modules=["emb", "square", "turned", "lin", "conv", "point"],
         modules_to_save=["head"],
         rank_pattern={"lin": 2},
         alpha_pattern={"conv": 5},
@@ -210,6 +211,7 @@ def test_folding_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
     updates = found.deltas()
     assert set(updates) == {
         "emb.weight",
+        "square.weight",
         "turned.weight",
         "lin.weight",
         "conv.weight",

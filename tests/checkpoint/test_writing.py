@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,10 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path: Path, tied: bool, 
     planned = [Planned(name, weights.info(name).shape, torch.float32) for name in weights]
     config = json.loads((tmp_path / "before" / "config.json").read_text())
     travelling = side_files(tmp_path / "before")
-    rows: Callable[..., Tensor] = lambda tensor, start, stop: weights.rows(tensor.name, start, stop).double()  # noqa: E731
+
+    def rows(tensor: Planned, start: int, stop: int) -> Tensor:
+        return weights.rows(tensor.name, start, stop).double()
+
     settings: dict[str, Any] = dict(fingerprint="one", config=config, side_files=travelling, max_shard_bytes=shard)
     done = write(tmp_path / "after", planned, rows, **settings)
     assert done.shards > 3 if shard == 10_000 else done.shards == 1

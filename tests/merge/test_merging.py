@@ -81,8 +81,18 @@ def test_tiles_do_not_matter(method: str, folder: Path, monkeypatch: pytest.Monk
         torch.testing.assert_close(torch.cat(rows), whole[planned.name], rtol=0, atol=1e-7)
 
 
-def recipe_of(method: str, rooted: bool, settings: dict[str, Any]) -> Recipe:
-    sources = tuple(Source(Reference(f"m{i}")) for i in range(2))
+def test_of_equal_entries_the_first_of_the_model_are_kept_wherever_tiles_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"a": torch.zeros(7, 4), "b": torch.zeros(9, 4)}
+    model = {name: torch.ones_like(t) for name, t in base.items()}
+    monkeypatch.setattr(merger, "TILE", 4 * 4 * 2)  # two rows
+    cut = Merger(recipe_of("ties", True, {"density": 0.7}, 1), opened([model], base))
+    cut.observe()
+    kept = [torch.cat([cut.rows(p, *ends) for ends in merger.tiles(p.shape)]).reshape(-1) for p in cut.planned]
+    assert torch.cat(kept).tolist() == [1.0] * 44 + [0.0] * 20  # floor(0.7 * 64)
+
+
+def recipe_of(method: str, rooted: bool, settings: dict[str, Any], models: int = 2) -> Recipe:
+    sources = tuple(Source(Reference(f"m{i}")) for i in range(models))
     return Recipe(method, (Slice(sources),), Reference("base") if rooted else None, settings, own=True)
 
 

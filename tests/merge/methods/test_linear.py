@@ -47,6 +47,12 @@ def test_it_is_task_arithmetic_with_the_same_normalized_weights() -> None:
     assert largest_gap(merge_tensors(linear, models, base, weight=weights), arithmetic) < 1e-15
 
 
+def test_the_mean_of_many_models_is_rounded_once() -> None:
+    models = [{"w": torch.randn(50, generator=torch.Generator().manual_seed(i))} for i in range(300)]
+    exact = sum(m["w"].double() for m in models) / 300
+    assert torch.equal(merge_tensors(linear, models)["w"], exact.float())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_a_model_of_weight_zero_is_not_looked_at() -> None:
     _, models = family(2)
     models[1]["embed.weight"].fill_(torch.nan)

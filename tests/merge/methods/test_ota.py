@@ -206,6 +206,13 @@ def test_moments_of_zero_are_not_divided_by() -> None:
         assert largest_gap(found, merge_tensors(linear, models, base)) < 1e-7
 
 
+def test_next_to_nothing_that_is_left_of_a_task_vector_is_not_blown_up_to_its_length() -> None:
+    base, model = {"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 1e-8])}
+    v = [{"w": torch.tensor([1e-30, 1e10])}]  # by which the small entry is the one that counts
+    assert merge_tensors(ota, [model], base, moments=v, density=0.5)["w"].tolist() == [0.0, pytest.approx(1e-8)]
+    assert merge_tensors(ota, [model], base, moments=v, density=0.5, rescale=True)["w"].tolist() == [0.0, 0.0]
+
+
 def test_bad_input_is_refused() -> None:
     base, models = family(2)
     v = moments(2)
