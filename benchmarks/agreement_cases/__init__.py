@@ -10,6 +10,7 @@ from . import (
     layer_cases,
     matrix_cases,
     memory_cases,
+    merge_cases,
     model_cases,
     muon_cases,
     official_cases,
@@ -34,5 +35,6 @@ CASES: tuple[Case, ...] = (
     *layer_cases.CASES,
     *window_cases.CASES,
     *jax_official_cases.CASES,
+    *merge_cases.CASES,
 )
 ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

@@ -1,4 +1,4 @@
-"""Methods that are not compared with anything: without published code, or with code that cannot be run here."""
+"""Methods without a case: without published code, with code that cannot be run here, or compared by hand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ ABSENT = (
         "its optimizer is not the paper's; nothing is compared",
     ),
     Absent("eco", "none", NONE),
+    Absent(
+        "ties",
+        "prateeky2806/ties-merging 44e7891, arcee-ai/mergekit a6e4028",
+        "by hand, three models in float32, shares of 5, 20 and 50%, mean, sum and max: 1.2e-7 without the one entry more that "
+        "the authors keep; mergekit with trim_scope='tensor': 2.4e-7",
+    ),
+    Absent("linear", "arcee-ai/mergekit a6e4028", "by hand, three models in float32: at most 2.4e-7"),
+    Absent("task_arithmetic", "arcee-ai/mergekit a6e4028", "by hand, three models in float32: at most 2.4e-7"),
+    Absent(
+        "dare_ties",
+        "arcee-ai/mergekit a6e4028",
+        "by hand, three models in float32, the same masks, rescale='l1' and False: at most 2.4e-7",
+    ),
+    *(
+        Absent(name, "none", NONE)
+        for name in ("delta_overlap", "delta_space", "fusion_study", "optimised_linear", "warp", "warp_training")
+    ),
+    Absent(
+        "concrete",
+        "tanganke/subspace_fusion 67f8450",
+        "by hand, its mask and its merge with the same draws in float32: 1.2e-7 and 9.5e-7",
+    ),
     Absent("halo", "IST-DASLab/HALO d8c1dc9b", "its kernels, which are the method, are for CUDA; nothing is compared"),
     Absent(
         "hypernetwork-tuning",

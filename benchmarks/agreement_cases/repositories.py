@@ -7,6 +7,17 @@ from .sources import Repository
 TRANSFORMERS = ("transformers", "transformers.utils", "transformers.utils.versions")
 TENSORLY = ("tensorly", "tensorly.decomposition")
 
+# What files of mergekit, and of what was made from it, import and do not need here.
+MERGEKIT = (
+    "mergekit",
+    "mergekit.architecture",
+    "mergekit.common",
+    "mergekit.graph",
+    "mergekit.merge_methods",
+    "mergekit.merge_methods.base",
+    "mergekit.merge_methods.rectify_embed",
+    "mergekit.options",
+)
 REPOSITORIES = {
     "google/automl": Repository(
         "6a54c8741e7c3265d4547c4f35f47a0391122dc5",
@@ -261,5 +272,24 @@ REPOSITORIES = {
         },
         folder=".",
         needs=("jax", "scipy"),
+    ),
+    "pmahdavi/ota-merge": Repository(
+        "eee703f5fddc8746469c4ef704590ebf8bebedbf",
+        "mergekit/merge_methods/ota.py",
+        {"mergekit/merge_methods/ota.py": "785cc9291649cb92f74be78b9a2672017b72a776"},
+        stubs=MERGEKIT,
+        needs=("pydantic", "huggingface_hub"),
+    ),
+    "arcee-ai/mergekit": Repository(
+        "a6e402884ba9bc30da7f23e8304a35f19485de95",
+        "mergekit/merge_methods/slerp.py",
+        {"mergekit/merge_methods/slerp.py": "208cc2578e945cb730f5db8aea7f98b3a8a37849"},
+        stubs=MERGEKIT,
+    ),
+    "yule-BUAA/MergeLM": Repository(
+        "6d49ad96fd69c92013654b837041b868aa806564",
+        "model_merging_methods/mask_weights_utils.py",
+        {"model_merging_methods/mask_weights_utils.py": "4d403cb2ad9d80273e257ca38dae3e236e3545bb"},
+        stubs=("tqdm", "utils", "utils.utils", "model_merging_methods", "model_merging_methods.task_vector"),
     ),
 }
