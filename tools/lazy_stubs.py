@@ -18,6 +18,7 @@ from pathlib import Path
 
 # Package -> its subpackages in which a name is looked for, in the order of the search.
 LAZY: Mapping[str, tuple[str, ...]] = {
+    "poise.adapt": ("methods",),
     "poise.optim": ("rules", "transforms"),
     "poise.training": ("drivers", "implicit", "layers", "losses", "solvers", "symmetry"),
 }

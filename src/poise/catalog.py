@@ -27,6 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "memory": ("poise.memory",),
     "linalg": ("poise.linalg", "poise.linalg.solvers"),
     "merge": ("poise.merge.methods",),
+    "adapt": ("poise.adapt.methods",),
     "compare": ("poise.compare.protocols",),
 }
 NEEDS_EXTRA = {"compare"}  # rooms that the core dependencies do not open; without the extra their methods are not listed

@@ -20,6 +20,9 @@ def train(
     task: Annotated[str | None, typer.Argument(help=TASK, show_default="code-lm")] = None,
     task_option: Annotated[str | None, typer.Option("--task", help="The same.", hidden=True)] = None,
     method: Annotated[str, typer.Option(help="A method of the catalog.")] = "adamw",
+    adapt: Annotated[
+        str | None, typer.Option(help="Train adapters of this kind, and nothing else: poise methods --family adapt.")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET)] = None,
     state: Annotated[str | None, typer.Option(help="Format of the optimizer's state: fp32, bf16, int8, int4, ...")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Forward and backward passes; the schedule ends with them.")] = 1000,
@@ -37,6 +40,7 @@ def train(
     diverges is stopped, and ends with exit code 1.
     """
     from poise.compare import plan, tasks
+    from poise.compare.driven import AROUND
     from poise.compare.entries import entry_of, setting
     from poise.compare.fit import CHECKPOINT, Fit, fit
 
@@ -44,7 +48,9 @@ def train(
         fixed = dict(setting(text) for text in settings or [])
         if state is not None:
             fixed["state"] = state
-        entries = {method: entry_of(catalog.get(method), fixed)}
+        if adapt is not None:
+            fixed[AROUND] = method
+        entries = {method: entry_of(catalog.get(adapt or method), fixed)}
         problem = tasks.load(one_task(task, task_option))
         plan.check(entries, problem)
         folder = out or Path("runs", "train", problem.name)
@@ -70,7 +76,8 @@ def train(
         "diverged": outcome.diverged,
         "loss": {"tune": outcome.tune_loss, "report": outcome.loss},
         "resumed_from": outcome.resumed_from,
-        "model": None if outcome.diverged else str(folder / "model"),
+        "model": str(folder / "model") if not outcome.diverged and (folder / "model").exists() else None,
+        "adapter": str(folder / "adapter") if not outcome.diverged and adapt is not None else None,
     }
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -80,6 +87,6 @@ def train(
         resumed = f" (went on from pass {outcome.resumed_from})" if outcome.resumed_from else ""
         unit = f" {problem.unit}" if problem.unit else ""
         typer.echo(f"{method} on {problem.name}: {outcome.loss:.4g}{unit} on report after {outcome.passes} passes{resumed}")
-        typer.echo(f"written: {folder / 'model'}")
+        typer.echo("written: " + ", ".join(str(path) for path in (found["model"], found["adapter"]) if path is not None))
     if outcome.diverged:
         raise typer.Exit(BROKEN)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poise import catalog
 from poise.catalog import Method, Space
+from poise.compare.adapted import adapted
 from poise.compare.driven import AROUND, driven
+from poise.compare.loop import move
+from poise.compare.tasks import Task
 
 NAME = re.compile(r"[\w.-]+")
+AROUND_ONE = {"driver": driven, "adapter": adapted}
+LOSSES_SEED = 2**20  # of the batches that a method looks at before it trains: none that a run's own seed draws
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,18 @@ class Entry:
     def space(self) -> dict[str, Space]:
         return {name: space for name, space in self.method.tune.items() if name not in self.fixed}
 
-    def build(self, model: nn.Module, **hyper: Any) -> Optimizer:
+    def build(self, model: nn.Module, task: Task | None = None, **hyper: Any) -> Optimizer:
+        """The optimizer of `model`; what looks at gradients of the task first does so on its training data."""
+        if getattr(self.method.target, "needs_losses", False):
+            hyper["losses"] = () if task is None else losses(task, model)
         return self.method.build(model, **self.fixed, **hyper)
+
+
+def losses(task: Task, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Functions that each give the loss of a training batch."""
+    device = next(model.parameters()).device
+    for batch in task.batches("train", LOSSES_SEED):
+        yield partial(task.loss, model, move(batch, str(device)))
 
 
 def as_entry(entry: Entry | Method) -> Entry:
@@ -39,13 +55,13 @@ def as_entry(entry: Entry | Method) -> Entry:
 
 
 def entry_of(method: Method, fixed: Mapping[str, Any]) -> Entry:
-    """The entry of a method with what the user fixed. A driver stands around AdamW, or what `around` names.
+    """The entry of a method with what the user fixed. A driver or an adapter stands around AdamW, or what `around` names.
 
     Raises:
         ValueError: if it cannot stand around that.
     """
-    if method.kind == "driver":
-        return Entry(driven(method, catalog.get(fixed.get(AROUND, "adamw")), dict(fixed)), fixed)
+    if method.kind in AROUND_ONE:
+        return Entry(AROUND_ONE[method.kind](method, catalog.get(fixed.get(AROUND, "adamw")), dict(fixed)), fixed)
     return Entry(method, fixed)
 
 

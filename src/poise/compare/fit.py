@@ -11,12 +11,14 @@ same number of threads.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from poise import adapt
 from poise.compare import provenance, randomness
 from poise.compare.entries import Entry
 from poise.compare.journal import plain
@@ -113,7 +116,8 @@ def fit(run: Fit, advance: Callable[[int, float], None] = lambda passes, loss: N
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with randomness.own(run.seed, run.device):
-        loop = Loop(run.task, run.entry.build, seed=run.seed, passes=run.passes, device=run.device)
+        build = partial(run.entry.build, task=run.task)
+        loop = Loop(run.task, build, seed=run.seed, passes=run.passes, device=run.device)
         begun = restore(run, loop)
         written = begun
         while not loop.finished and not loop.hopeless:
@@ -127,7 +131,7 @@ def fit(run: Fit, advance: Callable[[int, float], None] = lambda passes, loss: N
         if not hopeless:
             save(run, loop)
             with loop.evaluating():
-                export(loop.model, run.folder / "model")
+                export_all(loop.model, run.folder)
     outcome = Outcome(loop.done, hopeless, report, tune, begun, run.folder)
     write_progress(run, loop, outcome)
     return outcome
@@ -162,11 +166,21 @@ def restore(run: Fit, loop: Loop) -> int:
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.schedule.load_state_dict(state["schedule"])
     loop.losses, loop.taken = state["losses"].tolist(), state["taken"].tolist()
-    loop.done = sum(loop.taken)
+    loop.done = loop.prepared + sum(loop.taken)
     # The batches that were read are read again: whatever the stream draws from is then where it was.
     next(islice(loop.stream, len(loop.taken) - 1, None), None) if loop.taken else None
     randomness.set_state(state["random"], run.device)
     return loop.done
+
+
+def export_all(model: nn.Module, folder: Path) -> None:
+    """Write the weights; of an adapted model the adapters, and the weights with them folded in where that can be."""
+    if adapt.attached(model) is None:
+        export(model, folder / "model")
+        return
+    adapt.export(model, folder / "adapter")
+    if all(one.foldable for one in adapt.adapters(model).values()):
+        export(adapt.detach(adapt.fold(copy.deepcopy(model))), folder / "model")
 
 
 def export(model: nn.Module, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from poise.adapt import attached
 from poise.compare import randomness
 from poise.compare.tasks import Split, Task
 from poise.training import LayerMeans, captures
@@ -43,9 +44,11 @@ class Loop:
         self.task, self.seed, self.passes, self.device = task, seed, passes, device
         self.model = task.model().to(device)
         self.optimizer = build(self.model)
+        kept = attached(self.model)
+        self.prepared = kept.passes if kept is not None else 0  # passes that an adapter took to look at gradients first
         if captures.wanted(self.optimizer):
             LayerMeans(self.model, self.optimizer)
-        self.done = 0  # passes taken
+        self.done = self.prepared  # passes taken
         self.losses: list[float] = []  # of each step's first pass
         self.taken: list[int] = []  # passes of each step
         self.inside = 0.0  # seconds of the last step spent in its passes

@@ -70,7 +70,7 @@ def time_steps(
 
 def begin(task: Task, entry: Entry, hyper: Mapping[str, Any], seed: int, device: str) -> Loop:
     passes = 4 * BLOCK * (ROUNDS + 1)  # a schedule that does not end under the clock, whatever passes a step takes
-    return Loop(task, lambda model: entry.build(model, **hyper), seed=seed, passes=passes, device=device)
+    return Loop(task, lambda model: entry.build(model, task, **hyper), seed=seed, passes=passes, device=device)
 
 
 def block(loop: Loop) -> tuple[float, float]:

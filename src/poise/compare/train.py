@@ -38,7 +38,7 @@ def train(
     """
     started, entry = time.perf_counter(), as_entry(entry)
     with randomness.own(seed, device):
-        loop = Loop(task, lambda model: entry.build(model, **hyper), seed=seed, passes=passes, device=device)
+        loop = Loop(task, lambda model: entry.build(model, task, **hyper), seed=seed, passes=passes, device=device)
         while not loop.finished and not loop.hopeless:
             advance(loop.step())
         loss = loop.evaluate(split)

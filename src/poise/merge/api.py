@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,31 @@ from .recipe.schema import Setting
 Model = str | Path | Checkpoint | Mapping[str, Tensor] | nn.Module
 
 
+# What comes back hangs on `out` alone; the other arguments are those below.
+@overload
+def merge(
+    models: Sequence[Model],
+    method: str | Callable[..., Tensor] = ...,
+    base: Model | None = ...,
+    *,
+    out: None = ...,
+    **others: Any,
+) -> dict[str, Tensor]: ...
+@overload
+def merge(
+    models: Sequence[Model],
+    method: str | Callable[..., Tensor] = ...,
+    base: Model | None = ...,
+    *,
+    out: str | Path,
+    **others: Any,
+) -> Merged: ...
 def merge(
     models: Sequence[Model],
     method: str | Callable[..., Tensor] = "linear",
     base: Model | None = None,
-    out: str | Path | None = None,
     *,
+    out: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     tokenizer: str | Tokenizer | None = None,
     chat_template: str | None = None,

@@ -27,7 +27,7 @@ from .recipe.choosing import Chosen
 from .recipe.names import Resolved, resolve
 from .side_files import SideFiles
 
-TILE = 16 * 2**20  # bytes of float32 rows of one model that are merged at once
+TILE = 4 * 2**20  # bytes of float32 rows of one model that are merged at once
 Progress = Callable[[str, int, int], None]  # which pass, bytes done, bytes in all
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poise.checkpoint import heap
 from poise.checkpoint.planned import check_disk
 from poise.checkpoint.writing import write
 
@@ -74,8 +75,8 @@ def run(
         return run_adapters(merger, merger.adapters, out, begun)
     planned, written = merger.planned, needs(merger).written
     check_disk(out, written - sum(f.stat().st_size for f in out.glob("*.safetensors")) if out.is_dir() else written)
-    merger.observe(progress)
-    with tempfile.TemporaryDirectory() as made:
+    with heap.kept(), tempfile.TemporaryDirectory() as made:
+        merger.observe(progress)
         kept = write(
             out,
             planned,
@@ -88,7 +89,8 @@ def run(
             fresh=fresh,
             progress=None if progress is None else lambda done, total: progress("write", done, total),
         )
-    broken = verify(out, planned, merger.rows, TILE, None if progress is None else lambda d, t: progress("verify", d, t))
+        said = None if progress is None else lambda done, total: progress("verify", done, total)
+        broken = verify(out, planned, merger.rows, TILE, said)
     return Merged(
         out=out,
         method=merger.method.name,

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from poise.catalog import Method
 from poise.models.convnet import ConvNet
 from poise.models.gpt import GPT, GPTConfig
+from poise.modules import Rows
 from poise.optim import Muon
 from poise.optim.routing import collect
-from poise.training import Reparameterization, Rows, WeightConditioning, WeightNorm, fold, reparameterize
+from poise.training import Reparameterization, WeightConditioning, WeightNorm, fold, reparameterize
 
 KINDS = [WeightNorm, WeightConditioning]
 TINY = GPTConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_attention_heads=2, max_position_embeddings=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import sys
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from poise import catalog
+from poise.checkpoint.heap import give_back
 from poise.compare import randomness, tasks
 from poise.compare.entries import Entry, entry_of, setting
 from poise.compare.loop import Loop
@@ -34,7 +34,7 @@ def main(told: str, task: str, method: str, settings: str, seed: str, device: st
     tell(baseline=anonymous())
     cuda = device.startswith("cuda")
     with randomness.own(int(seed), device):
-        loop = Loop(problem, entry.build, seed=int(seed), passes=STEPS, device=device)
+        loop = Loop(problem, lambda model: entry.build(model, problem), seed=int(seed), passes=STEPS, device=device)
         for _ in range(STEPS):
             loop.step()
         if cuda:
@@ -61,12 +61,6 @@ def warm(entry: Entry) -> None:
 
         for _ in range(2):
             optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system, where the C library can."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, register_parametrization
 
 from poise.linalg.lengths import wide
+from poise.modules import Layers, Rows, chooser, put_first
 
-from ._choosing import Layers, chooser, put_first
-from .reparameterization import Reparameterization, Rows
+from .reparameterization import Reparameterization
 
 M = TypeVar("M", bound=nn.Module)
 

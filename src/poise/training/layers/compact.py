@@ -15,9 +15,9 @@ from poise.catalog import Paper, choice, log_uniform, method
 from poise.linalg.lengths import wide
 from poise.linalg.projectors import Projector
 from poise.memory.rounding import key_of
+from poise.modules import Layers, become, linears, put_first
 
 from .. import weights
-from ._choosing import Layers, become, linears, put_first
 from ._following import Following
 
 M = TypeVar("M", bound=nn.Module)

@@ -13,12 +13,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from poise.catalog import Paper, choice, method
 from poise.linalg.lengths import lengths
 from poise.linalg.projectors import Projector
+from poise.modules import Rows
 from poise.optim import Optimizer, Route, chain, everything
 from poise.optim.options import Options
 from poise.optim.transforms.adaptive import adam
 from poise.optim.transforms.subspace import projected
 
-from .reparameterization import Reparameterization, Rows
+from .reparameterization import Reparameterization
 
 Norm = Literal["row", "column"]
 

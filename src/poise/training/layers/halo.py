@@ -13,9 +13,8 @@ from poise.catalog import Paper, choice, method
 from poise.linalg.hadamard import hadamard, padded
 from poise.linalg.lengths import wide
 from poise.linalg.low_precision import Precision, product, quantize, turned
+from poise.modules import Layers, become, linears
 from poise.optim.routing.roles import output_heads
-
-from ._choosing import Layers, become, linears
 
 M = TypeVar("M", bound=nn.Module)
 Level = Literal[0, 1, 2]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from poise.catalog import Paper, choice, method
 from poise.linalg.lengths import lengths
+from poise.modules import Rows
 
-from .reparameterization import Reparameterization, Rows
+from .reparameterization import Reparameterization
 
 Sides = Literal["row", "column", "row_column"]
 

@@ -11,8 +11,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from poise.catalog import Paper, choice, method
 from poise.linalg.lengths import lengths
+from poise.modules import Rows
 
-from .reparameterization import Reparameterization, Rows
+from .reparameterization import Reparameterization
 
 
 @method(

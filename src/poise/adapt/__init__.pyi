@@ -1,0 +1,41 @@
+# Written by tools/lazy_stubs.py from the sources (make stubs). Do not edit, do not commit.
+
+from .adaptation import Adaptation as Adaptation
+from .attaching import Attached as Attached
+from .attaching import adapters as adapters
+from .attaching import attach as attach
+from .attaching import attached as attached
+from .attaching import detach as detach
+from .attaching import disabled as disabled
+from .attaching import fold as fold
+from .attaching import unfold as unfold
+from .exporting import export as export
+from .loading import load as load
+from .methods.dora import DoRA as DoRA
+from .methods.dora import WeightDecomposed as WeightDecomposed
+from .methods.lora import LoRA as LoRA
+from .methods.lora import check as check
+from .methods.lora import start as start
+from .registry import Pair as Pair
+from .registry import pairs as pairs
+
+__all__ = [
+    "Adaptation",
+    "Attached",
+    "DoRA",
+    "LoRA",
+    "Pair",
+    "WeightDecomposed",
+    "adapters",
+    "attach",
+    "attached",
+    "check",
+    "detach",
+    "disabled",
+    "export",
+    "fold",
+    "load",
+    "pairs",
+    "start",
+    "unfold",
+]
