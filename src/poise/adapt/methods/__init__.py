@@ -1,0 +1,1 @@
+"""Ways to adapt a model, one paper a file."""
