@@ -63,7 +63,7 @@ def timed(results: Results) -> Results:
     """The same comparison with seconds as they are on this machine, by this code: a faster step needs no hours of training."""
     weighed = {found.name: found for found in results.methods}
     chosen = {name: found.trials[found.best].hyper for name, found in weighed.items() if found.best is not None}
-    known = parse(",".join(name for name in entries.names() if name.partition("=")[0].partition("(")[0] in chosen))
+    known = parse(",".join(name for name in entries.names() if entries.called(name) in chosen))
     task, seed = load(results.task), results.settings.seed * SEEDS_APART
     seconds = time_steps(task, known, chosen, results.reference, seed=seed, device=results.settings.device)
     methods = [found.model_copy(update={"timing": seconds.get(found.name)}) for found in results.methods]

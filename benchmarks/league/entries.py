@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from poise.catalog import methods
 
 # Rules that do something but now and then, with an interval that lets them do it ten times and more in a run, and a rank below
@@ -31,6 +33,11 @@ def names() -> list[str]:
     rules = {found.name for found in methods() if found.family == "optim" and found.kind == "optimizer"}
     entered = [f"{rule}({SETTINGS[rule]})" if rule in SETTINGS else rule for rule in sorted(rules - {"adamw"})]
     return ["adamw", *entered, *VARIANTS, *DRIVERS]
+
+
+def called(entry: str) -> str:
+    """The name under which an entry of `names` is shown: of `mine=sam(around=muon)`, mine."""
+    return re.split(r"[=(]", entry, maxsplit=1)[0]
 
 
 def command(task: str) -> list[str]:

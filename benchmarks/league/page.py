@@ -68,7 +68,7 @@ def budget(results: Results) -> str:
 def missing(found: Mapping[str, Results]) -> str:
     """What has come into the catalog since."""
     weighed = set.intersection(*({one.name for one in results.methods} for results in found.values()))
-    later = [name for entry in entries.names() if (name := entry.partition("=")[0]) not in weighed]
+    later = [name for entry in entries.names() if (name := entries.called(entry)) not in weighed]
     return f"\n\nIn the catalog, and not weighed yet: {', '.join(later)}." if later else ""
 
 
