@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args, get_origin
+
 import pytest
 
+from poise import catalog
 from poise.merge.recipe import Case
+from poise.merge.recipe.names import THEIRS, checked, resolve
 from poise.merge.recipe.schema import Setting
 from poise.merge.recipe.settings import depth_of, look_up, value_at
 
@@ -37,3 +41,31 @@ def test_the_nearest_level_holds_if_one_of_its_cases_fits() -> None:
 def test_depth_goes_from_the_first_layer_to_the_last() -> None:
     assert [depth_of(place, 5) for place in range(5)] == [0, 0.25, 0.5, 0.75, 1]
     assert depth_of(0, 1) == 1
+
+
+def words_of(kind: Any) -> list[str]:
+    """The words that a setting's type names, wherever in it they stand."""
+    own = [arg for arg in get_args(kind) if isinstance(arg, str)] if get_origin(kind) is Literal else []
+    return [*own, *(word for arg in get_args(kind) if not isinstance(arg, str) for word in words_of(arg))]
+
+
+def test_every_word_that_a_method_knows_may_stand_in_a_recipe() -> None:
+    seen = 0
+    for method in catalog.methods("merge"):
+        if method.kind != "merge":
+            continue
+        for kind in resolve(method.name, own=True).types.values():
+            for word in words_of(kind):
+                assert checked(word, kind) == word
+                seen += 1
+            if words_of(kind):
+                with pytest.raises(ValueError, match="must be one of"):
+                    checked("no such word", kind)
+    assert seen > 20
+    assert checked(3, resolve("ota", own=True).types["compress"]) == 3
+
+
+def test_every_method_of_mergekit_that_poise_has_is_found_with_its_settings() -> None:
+    for name, line in THEIRS.items():
+        found = resolve(name)
+        assert {here if isinstance(here, str) else here[0] for here in line.settings.values()} <= set(found.types), name

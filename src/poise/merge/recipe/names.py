@@ -152,11 +152,10 @@ def checked(value: Any, kind: Any) -> Any:
     """
     if PER_MODEL in getattr(kind, "__metadata__", ()):
         kind = get_args(get_args(kind)[0])[0]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{value!r} must be one of {', '.join(map(repr, get_args(kind)))}")
+    kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+    words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+    if isinstance(value, str) and value in words:
         return value
-    kinds = get_args(kind) or (kind,)
     if bool in kinds and (isinstance(value, bool) or value in (0, 1)):
         return bool(value)
     if int in kinds and type(value) is int:
@@ -165,7 +164,8 @@ def checked(value: Any, kind: Any) -> Any:
         return float(value)
     if str in kinds and isinstance(value, str):
         return value
-    if any(known in kinds for known in (bool, int, float, str)):
-        wanted = " or ".join(known.__name__ for known in (bool, int, float, str) if known in kinds)
-        raise ValueError(f"{value!r} must be {wanted}")
+    allowed = [f"one of {', '.join(map(repr, words))}"] if words else []
+    allowed += [known.__name__ for known in (bool, int, float, str) if known in kinds]
+    if allowed:
+        raise ValueError(f"{value!r} must be {' or '.join(allowed)}")
     return value
