@@ -51,6 +51,19 @@ def test_the_same_command_goes_on_after_an_interruption(poise: Callable, monkeyp
     assert again["loss"] == whole["loss"]
 
 
+def test_adapters_are_trained_and_written_beside_the_weights_they_make(poise: Callable) -> None:
+    arguments = ["train", "code-lm-small", "--adapt", "lora", "--set", "rank=2", "--set", "lr=0.01", "--steps", "4", "--json"]
+    found = json.loads(poise(*arguments).out)
+    held = load_file(f"{found['adapter']}/adapter_model.safetensors")
+    folded = load_file(f"{found['model']}/model.safetensors")
+    assert len(held) == 2 * 7 and not any(".adapter." in name for name in folded)
+    base = "model.layers.0.mlp.up_proj"
+    product = held[f"base_model.model.{base}.lora_B.weight"] @ held[f"base_model.model.{base}.lora_A.weight"]
+    state = torch.load("runs/train/code-lm-small/checkpoint.pt", weights_only=True)["model"]
+    torch.testing.assert_close(folded[f"{base}.weight"], state[f"{base}.weight"] + 4 * product)
+    assert product.abs().max() > 0
+
+
 def test_a_run_that_diverges_ends_with_one(poise: Callable) -> None:
     ended = poise("train", "toy.py", "--method", "toy-sgd", "--set", "lr=1e20", "--steps", "500")
     assert ended.code == 1 and "diverged after" in ended.err and ended.out == ""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TASK = "An embedded task, or a FILE.py with model(), batches(split) and loss(model, batch)."
 METHODS = "What to weigh, separated by commas; NAME=METHOD(lr=1e-3,state=int8) names an entry and fixes some of its settings."
+FAMILY = "Weigh every method of this family that trains a model, beside AdamW on all of it: optim, training or adapt."
 BUDGETS = "Further budgets at which the reference is finished, in units of --steps, for the speed-ups; none: ''."
 SAMPLER = "joint: a trial's hyper-parameters are drawn together; coordinate: they are swept one after another, in more trials."
 AT_ONCE = 8  # workers that are started unless asked for more: each holds a model of its own
@@ -27,7 +28,8 @@ AT_ONCE = 8  # workers that are started unless asked for more: each holds a mode
 def compare(
     task: Annotated[str | None, typer.Argument(help=TASK, show_default="code-lm")] = None,
     task_option: Annotated[str | None, typer.Option("--task", help="The same.", hidden=True)] = None,
-    methods: Annotated[str, typer.Option(help=METHODS)] = "adamw,lion,muon",
+    methods: Annotated[str | None, typer.Option(help=METHODS, show_default="adamw,lion,muon")] = None,
+    family: Annotated[str | None, typer.Option(help=FAMILY)] = None,
     trials: Annotated[int, typer.Option(min=1, help="Tuning trials per method.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Forward and backward passes of a final run.")] = 300,
     tune_steps: Annotated[int | None, typer.Option(min=1, help="Those of a trial, by default as many.")] = None,
@@ -55,7 +57,7 @@ def compare(
     """
     from poise.compare import against as beside
     from poise.compare import plan, provenance, report, study, table, tasks
-    from poise.compare.entries import parse
+    from poise.compare.entries import of_family, parse
     from poise.compare.journal import Journal
     from poise.compare.results import Settings
     from poise.compare.workers import Inline, Pool, WorkerKilled
@@ -74,7 +76,7 @@ def compare(
             threads=threads,
             device=device_of(device),
         )
-        entries = parse(methods)
+        entries = parse(",".join(filter(None, [methods, family and of_family(family)])) or "adamw,lion,muon")
         plan.check(entries)
         plan.check_trials(entries, settings)
         problem = tasks.load(one_task(task, task_option))

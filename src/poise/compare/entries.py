@@ -90,6 +90,19 @@ def parse(methods: str) -> dict[str, Entry]:
     return entries
 
 
+def of_family(family: str) -> str:
+    """AdamW, and every method of a family that trains a model by itself or around AdamW, as `parse` takes them.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    kinds = {"optim": "optimizer", "training": "driver", "adapt": "adapter"}
+    names = [m.name for m in catalog.methods(family) if m.kind == kinds.get(family)]
+    if not names:
+        raise ValueError(f"--family {family!r}: none of its methods trains a model; {', '.join(kinds)} have such methods")
+    return ",".join(dict.fromkeys(["adamw", *names]))
+
+
 def setting(text: str) -> tuple[str, Any]:
     """ "lr=1e-3" as a name and a value; what is no Python literal is a string.
 

@@ -54,8 +54,13 @@ class Run(Record):
     diverged: bool = Field(description="a loss was not finite, or it ended above twice the initial loss")
     curve: list[tuple[int, float]] = Field(description="(passes, mean training loss since the point before)")
     parameters: int = Field(description="of the model")
+    trainable: int | None = Field(default=None, description="those that were trained; null in older files: all of them")
     state_bytes: int = Field(description="of optimizer state, measured after the last step")
     seconds: float = Field(description="of the whole run, beside whatever else the machine was doing")
+
+    @property
+    def trained(self) -> int:
+        return self.parameters if self.trainable is None else self.trainable
 
 
 class Interval(Record):

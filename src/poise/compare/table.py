@@ -21,7 +21,9 @@ def render(results: Results) -> RenderableType:
         caption=f"tuning: {settings.trials} × {settings.tune_steps} passes; {settings.seeds} paired seeds; 95 % intervals",
     )
     table.add_column("method", no_wrap=True)
+    some = some_train_less(results)
     for column in (
+        *(("trains",) if some else ()),
         "final loss",
         f"minus {results.reference}",
         "speed-up",
@@ -33,7 +35,8 @@ def render(results: Results) -> RenderableType:
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for found in sorted(results.methods, key=lambda found: found.final.mean if found.final else float("inf")):
-        table.add_row(*row(found, is_reference=found.name == results.reference))
+        name, *rest = row(found, is_reference=found.name == results.reference)
+        table.add_row(name, *((trains(found),) if some else ()), *rest)
     return Group(table, *map(Text, notes(results)), Text(results.verdict.sentence, style="bold"))
 
 
@@ -50,6 +53,16 @@ def row(found: MethodResult, is_reference: bool) -> list[str]:
         "" if lr is None else f"{lr:g}{'!' if 'lr' in found.edges else ''}",
         f"{found.divergences} of {len(found.trials) + len(found.finals)}",
     ]
+
+
+def some_train_less(results: Results) -> bool:
+    """Whether an entry trains a part of the model only."""
+    return any(run.trained < run.parameters for found in results.methods for run in (*found.finals, *found.trials))
+
+
+def trains(found: MethodResult) -> str:
+    """How many parameters an entry trained."""
+    return f"{(found.finals or found.trials)[0].trained:,}"
 
 
 def times(value: Speedup | None) -> str:

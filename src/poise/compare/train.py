@@ -52,6 +52,7 @@ def train(
         diverged=not math.isfinite(loss),
         curve=loop.curve(),
         parameters=sum(p.numel() for p in loop.model.parameters()),
+        trainable=sum(p.numel() for p in loop.model.parameters() if p.requires_grad),
         state_bytes=state_bytes(loop.optimizer),
         seconds=time.perf_counter() - started,
     )

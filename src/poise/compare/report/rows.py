@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from poise.compare.digits import number, ratio, setting, spread
 from poise.compare.results import Interval, MethodResult, Results, Speedup, Timing
+from poise.compare.table import some_train_less, trains
 
 from .charts import state_bytes
 from .looks import Look, looks
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     look: Look
     leads: bool
     reference: bool
+    trains: str  # parameters; "" where every entry trains all of them
     final: str
     difference: str
     strip: Strip | None
@@ -67,6 +69,7 @@ def row(results: Results, found: MethodResult, look: Look, strip: Strip | None) 
         look=look,
         leads=found.name in results.verdict.leaders,
         reference=reference,
+        trains=trains(found) if some_train_less(results) else "",
         final=spread(found.final),
         difference="" if reference or found.to_reference is None else spread(found.to_reference, sign="+"),
         strip=strip,
