@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapter import Adapter
 from .targets import Place, Targets
@@ -49,8 +50,12 @@ class Adaptation:
         """What stands beside this layer. Its tensors are on the layer's device."""
         raise NotImplementedError(f"{type(self).__name__}.adapter")
 
-    def finish(self, model: nn.Module, adapters: dict[str, Adapter], losses: Losses) -> None:
-        """Told when all adapters stand in the model, by path of their layers."""
+    def finish(self, model: nn.Module, adapters: dict[str, Adapter], losses: Losses) -> Iterable[RemovableHandle] | None:
+        """Told when all adapters stand in the model, by path of their layers.
+
+        Returns:
+            Handles of hooks that it has put on the model, which `detach` removes; None: it has not.
+        """
 
     def settings(self) -> dict[str, Any]:
         """What a file says of this adaptation."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from poise import catalog
 from poise.linalg.lengths import wide
@@ -42,6 +43,7 @@ class Attached:
     trained_before: dict[str, bool] = field(repr=False)
     passes: int = 0
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by path: the weight as it was
+    hooks: list[RemovableHandle] = field(default_factory=list, repr=False)  # of the method, on the model
 
     def __str__(self) -> str:
         share = self.trainable / self.total
@@ -114,7 +116,7 @@ def attach(
         trained_before=before,
     )
     setattr(model, KEPT, kept)
-    made.finish(model, adapters, passes)
+    kept.hooks = list(made.finish(model, adapters, passes) or ())
     kept.passes = passes.taken
     return kept
 
@@ -210,6 +212,8 @@ def detach(model: nn.Module) -> nn.Module:
         held: Any = layer
         become(held, type(held).__mro__[2])
         del held.adapter
+    for hook in kept.hooks:
+        hook.remove()
     for name, p in model.named_parameters():
         p.requires_grad_(kept.trained_before.get(name, p.requires_grad))
     delattr(model, KEPT)

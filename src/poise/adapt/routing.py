@@ -56,7 +56,7 @@ def beside(y: Tensor, loss: Tensor, weight: float) -> Tensor:
     So every training loop has it. It is added once in each backward pass through `y`, whatever the model's loss is multiplied
     by there: of a loss scaled for float16, or divided over steps that accumulate, it is not scaled or divided with.
     """
-    return _Beside.apply(y, loss, weight) if weight and loss.requires_grad else y  # pyright: ignore[reportReturnType]
+    return _Beside.apply(y, loss, weight) if weight and loss.requires_grad else y
 
 
 class _Beside(torch.autograd.Function):

@@ -121,7 +121,7 @@ def test_the_gradient_has_that_of_the_balance_loss_in_it() -> None:
     total = loss_of(plain, x)
     kept: list[Tensor] = []
     with torch.no_grad():
-        losses = {path: one.imbalance for path, one in adapters(model).items()}  # pyright: ignore[reportAttributeAccessIssue]
+        losses = {path: one.imbalance for path, one in adapters(model).items()}
     for path, one in adapters(plain).items():
         at: Any = plain.get_submodule(path)
         at.register_forward_hook(lambda at, given, _, one=one: kept.append(counted(one.gate, given[0])))

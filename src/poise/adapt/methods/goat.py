@@ -107,8 +107,8 @@ class Experts(Adapter):
     tune={"balance": log_uniform(1e-4, 1e-2)},
     mutant=("mixed - first / self.experts", "mixed - first"),
     exempt={
-        "starts as the base": "Its output is the base's on the mean over all choices of experts; each single choice is a little "
-        "off, by a part of the weight that is rho times smaller than its singular values.",
+        "starts as the base": "Its output is the base's on the mean over all choices of experts; each single choice is off "
+        "by a part of the weight that is rho times smaller than its singular values.",
         "folds": "Which experts act depends on the input, so no single weight does the same, unless there is one expert.",
     },
 )
