@@ -88,7 +88,7 @@ def goat_case(settings: str, ours: dict[str, Any], scaling: str | None = None) -
         goat_by_authors(scaling),
         1e-5,
         settings,
-        "rounding; their shift is written into the weight, and by default it is E times this one, which is asked of them here. The "
+        "rounding; their shift is written into the weight, and by default E times this one, which is asked of them here. The "
         "scale of the theory is given them as a number: as released, it cannot be had together with the segments",
         Problem(((INPUTS - 4, INPUTS), (INPUTS - 4,)), steps=40, dtype=torch.float32),
     )

@@ -54,13 +54,14 @@ class Earlier:
             if known.shape == brief.shape and torch.allclose(known, brief, rtol=0, atol=1e-5 * float(known.abs().max())):
                 if others and not self.with_gradients:
                     raise RuntimeError(
-                        "activation checkpointing ran this model's forward pass without gradients, so that those through the "
-                        "states of earlier blocks would be lost: give checkpoint(..., use_reentrant=False), or attach with blocks=1"
+                        "activation checkpointing ran this model's forward pass without gradients, so those through the states "
+                        "of earlier blocks would be lost: give checkpoint(..., use_reentrant=False), or attach with blocks=1"
                     )
                 return others
         raise RuntimeError(
-            "activation checkpointing runs a layer once more, and its forward pass was not the model's last one, or one with the "
-            "first layer used twice: take a backward pass after each forward pass, leave out checkpointing, or attach with blocks=1"
+            "activation checkpointing runs a layer once more, and its forward pass was not the model's last one, or one with "
+            "the first layer used twice: take a backward pass after each forward pass, leave out checkpointing, or attach with "
+            "blocks=1"
         )
 
     def __reduce__(self) -> Any:

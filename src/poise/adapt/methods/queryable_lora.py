@@ -22,6 +22,8 @@ from ..layout import Layout
 from ..targets import Place
 from .lora import check, start
 
+Shared = tuple[Bank, dict[str, int], list[int]]  # and by path the number of each layer, by number its block
+
 
 class Queryable(LowRank):
     """A low-rank product with a core between its factors that each token asks the bank for.
@@ -93,8 +95,8 @@ class QueryableLoRA(Adaptation):
     layer's own. Layers are grouped, in the model's order, into blocks of about equally many. Since alpha is convex, |R| is at
     most that of the largest atom. pi is a prior over atoms that an instruction gives: see `instruct`.
 
-    At first U_j = I + N(0, 0.01^2), c_j ~ N(0, 1), W_q ~ N(0, 1 / (2 rank)), u = 0; A and B as of LoRA, so B = 0. With one atom,
-    the identity, this is LoRA.
+    At first U_j = I + N(0, 0.01^2), c_j ~ N(0, 1), W_q ~ N(0, 1 / (2 rank)), u = 0; A and B as of LoRA, so B = 0. With one
+    atom, the identity, this is LoRA.
 
     Args:
         rank, alpha, dropout: as of LoRA.
@@ -106,8 +108,8 @@ class QueryableLoRA(Adaptation):
         gamma: 1, the weight of the prior; without one it has no effect.
 
     Raises:
-        ValueError: settings out of range; in a forward pass, blocks whose tokens cannot be told apart by place, such as those of an
-            encoder and a decoder with pool="causal".
+        ValueError: settings out of range; in a forward pass, blocks whose tokens have no common places, as an encoder's and a
+            decoder's with pool="causal".
         RuntimeError: in a backward pass: activation checkpointing that would lose gradients or mix passes up.
 
     Tokens are along the last dimension but one of an input of three or more; rows of a matrix are tokens without order, and the
@@ -116,11 +118,11 @@ class QueryableLoRA(Adaptation):
     whole pass; generate without it, or with pool="none". A module that is used twice in a pass is heard as it was last.
     Checkpointing must be torch's with use_reentrant=False, with a backward pass after each forward pass.
 
-    Reconstructed: a summary of the paper gives the shared bank, blocks of consecutive layers, the query from a low-rank state and
-    attention over earlier blocks, the prior added to the logits, softmax over the top k, and the bound. Chosen here, because no
-    equation could be found: each layer asks with its own state, and its block tells that of its first layer; mean pooling; one
-    W_q; a learned u for each block, as its only query over depth; all sizes and beginnings. Source: "Queryable LoRA:
-    Instruction-Regularized Routing Over Shared Low-Rank Update Atoms" (arXiv 2605.08423).
+    Reconstructed: a summary of the paper gives the shared bank, blocks of consecutive layers, the query from a low-rank state
+    and attention over earlier blocks, the prior added to the logits, softmax over the top k, and the bound. Chosen here,
+    because no equation could be found: each layer asks with its own state, and its block tells that of its first layer; mean
+    pooling; one W_q; a learned u for each block, as its only query over depth; all sizes and beginnings. Source: "Queryable
+    LoRA: Instruction-Regularized Routing Over Shared Low-Rank Update Atoms" (arXiv 2605.08423).
     """
 
     rank: int = 8
@@ -151,9 +153,7 @@ class QueryableLoRA(Adaptation):
         """s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def begin(
-        self, model: nn.Module, places: Sequence[Place], draw: Draw, losses: Losses
-    ) -> tuple[Bank, dict[str, int], list[int]]:
+    def begin(self, model: nn.Module, places: Sequence[Place], draw: Draw, losses: Losses) -> Shared:
         rank, query = self.rank, self.query or self.rank
         atoms = draw.normal(self.atoms, rank, rank, std=0.01) + torch.eye(rank, device=draw.device, dtype=draw.dtype)
         keys, ask = draw.normal(self.atoms, query), draw.normal(query, 2 * rank, std=(2 * rank) ** -0.5)
