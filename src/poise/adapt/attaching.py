@@ -87,9 +87,7 @@ def attach(
     known = attached(model)
     if known is not None:
         raise ValueError(f"model is adapted already, by {known.method}; detach(model) first, or fold(model) and then detach it")
-    found = list(made.choose(model, places(model, made.targets if targets is None else targets)))
-    if not found:
-        raise ValueError(f"targets: {made} adapts none of those layers")
+    meant = places(model, made.targets if targets is None else targets)
     if inside := next((name for name, layer in model.named_modules() if isinstance(layer, Adapted)), None):
         raise ValueError(f"model: {inside!r} is adapted already, as a part of another model; detach that one first")
     if made.needs_losses and losses is None:
@@ -99,6 +97,10 @@ def attach(
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     passes = _Counted(losses or ())
+    made = made.settle(model, meant, seed, passes)
+    found = list(made.choose(model, meant))
+    if not found:
+        raise ValueError(f"targets: {made} adapts none of those layers")
     shared = made.begin(model, found, Draw(seed, "", found[0].layer.weight), passes)
     adapters = {place.path: made.adapter(place, Draw(seed, place.path, place.layer.weight), shared) for place in found}
     for name, p in model.named_parameters():

@@ -75,7 +75,7 @@ class Queryable(LowRank):
     family="adapt",
     kind="adapter",
     paper=Paper(
-        "Queryable LoRA: Instruction-Regularized Routing Over Shared Low-Rank Update Atoms", arxiv="2605.08423", year=2026
+        "Instruction-Regularized Routing Over Shared Low-Rank Update Atoms", arxiv="2605.08423", year=2026
     ),
     tune={"alpha": choice(8.0, 16.0, 32.0), "top_k": choice(1, 2, 4)},
     mutant=("self._asked(h, h.ndim > 2)", "self._asked(h, False)"),
@@ -121,8 +121,8 @@ class QueryableLoRA(Adaptation):
     Reconstructed: a summary of the paper gives the shared bank, blocks of consecutive layers, the query from a low-rank state
     and attention over earlier blocks, the prior added to the logits, softmax over the top k, and the bound. Chosen here,
     because no equation could be found: each layer asks with its own state, and its block tells that of its first layer; mean
-    pooling; one W_q; a learned u for each block, as its only query over depth; all sizes and beginnings. Source: "Queryable
-    LoRA: Instruction-Regularized Routing Over Shared Low-Rank Update Atoms" (arXiv 2605.08423).
+    pooling; one W_q; a learned u for each block, as its only query over depth; all sizes and beginnings. Source:
+    "Instruction-Regularized Routing Over Shared Low-Rank Update Atoms" (arXiv 2605.08423).
     """
 
     rank: int = 8
