@@ -38,7 +38,7 @@ def rows_of(paths: Sequence[str]) -> list[int]:
 
 
 def largest(shares: dict[str, float], keep: float, per_row: bool) -> tuple[str, ...]:
-    """The layers with the largest shares: the fraction `keep` of each block's or of all, rounded, at least one; in their order."""
+    """The layers with the largest shares, in their order: of each block's or of all the fraction `keep`, at least one."""
     paths = list(shares)
     rows = rows_of(paths) if per_row else [0] * len(paths)
     kept: set[str] = set()

@@ -33,8 +33,8 @@ def route(logits: Tensor, k: int) -> Route:
     """
     largest, chosen = logits.topk(k, dim=-1)
     # Not a quotient of probabilities: those of the chosen may all be too small for the dtype where n is large.
-    weights = torch.zeros_like(logits).scatter(-1, chosen, largest.softmax(-1))
-    return Route(logits.softmax(-1), chosen, weights)
+    probabilities = logits.softmax(-1)  # of a wider dtype than the logits, under autocast
+    return Route(probabilities, chosen, torch.zeros_like(probabilities).scatter(-1, chosen, largest.softmax(-1)))
 
 
 def imbalance(found: Route) -> Tensor:

@@ -23,14 +23,16 @@ from .lora import LoRA, start
     family="adapt",
     kind="adapter",
     paper=Paper(
-        "Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation", arxiv="2502.08905", year=2025
+        "Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
+        arxiv="2502.08905",
+        year=2025,
     ),
     tune={"alpha": choice(8.0, 16.0, 32.0), "keep": choice(0.25, 0.5, 0.75)},
     mutant=("if place.path in chosen", "if place.path not in chosen"),
 )
 @dataclass(frozen=True)
 class DiffoRA(LoRA):
-    """Experimental: LoRA beside the layers that a search found to deserve it; the others share one pair for each kind, or have none.
+    """Experimental: LoRA beside the layers that a search found to deserve it; others share a pair for each kind, or have none.
 
         1. beside every layer   y = W x + D s B A x,    D = sigmoid(Theta), at first 1/2
         2. in turn              a step of B and A on a batch,  a step of Theta on a held-out batch        (poise.adapt.relaxing)

@@ -136,7 +136,8 @@ class GOAT(Adaptation):
         alpha: with scale="alpha"; None: 2 rank.
         rho: 10; how much smaller the experts begin than the singular values they are made of.
         dropout: of the experts' input, 0.05. One mask for all experts of a layer.
-        balance: 1e-3; the weight of the balance loss, whose gradient is added in the backward pass.
+        balance: 1e-3; the weight of the balance loss, whose gradient is added in the backward pass, and so not scaled where
+            the model's loss is.
 
     Raises:
         ValueError: settings out of range; no layer is wide enough for the rank.

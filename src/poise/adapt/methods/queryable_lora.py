@@ -74,9 +74,7 @@ class Queryable(LowRank):
     "queryable-lora",
     family="adapt",
     kind="adapter",
-    paper=Paper(
-        "Instruction-Regularized Routing Over Shared Low-Rank Update Atoms", arxiv="2605.08423", year=2026
-    ),
+    paper=Paper("Instruction-Regularized Routing Over Shared Low-Rank Update Atoms", arxiv="2605.08423", year=2026),
     tune={"alpha": choice(8.0, 16.0, 32.0), "top_k": choice(1, 2, 4)},
     mutant=("self._asked(h, h.ndim > 2)", "self._asked(h, False)"),
     exempt={
