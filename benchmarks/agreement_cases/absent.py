@@ -36,6 +36,7 @@ ABSENT = (
         "tanganke/subspace_fusion 67f8450",
         "by hand, its mask and its merge with the same draws in float32: 1.2e-7 and 9.5e-7",
     ),
+    *(Absent(name, "none", NONE) for name in ("diffora", "queryable-lora")),
     Absent("halo", "IST-DASLab/HALO d8c1dc9b", "its kernels, which are the method, are for CUDA; nothing is compared"),
     Absent(
         "hypernetwork-tuning",

@@ -292,4 +292,10 @@ REPOSITORIES = {
         {"model_merging_methods/mask_weights_utils.py": "4d403cb2ad9d80273e257ca38dae3e236e3545bb"},
         stubs=("tqdm", "utils", "utils.utils", "model_merging_methods", "model_merging_methods.task_vector"),
     ),
+    "Facico/GOAT-PEFT": Repository(
+        "ef4d21a41682bcf3b808f9273ace16cccfc7c648",
+        "goat/peta/src/goat/layer.py",
+        {"goat/peta/src/goat/layer.py": "ed5b4493439924470836d76c525241913cd39875"},
+        needs=("peft",),
+    ),
 }

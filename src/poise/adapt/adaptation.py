@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapter import Adapter
 from .targets import Place, Targets
@@ -20,8 +21,8 @@ Losses = Iterable[Callable[[], Tensor]]
 class Adaptation:
     """Settings of a method, and what it puts beside each layer.
 
-    Subclasses are frozen dataclasses whose fields are the settings. `attach` calls, in this order, `choose`, `begin`, `adapter`
-    for each place, and, once all adapters stand in the model, `finish`.
+    Subclasses are frozen dataclasses whose fields are the settings. `attach` calls, in this order, `settle`, `choose`, `begin`,
+    `adapter` for each place, and, once all adapters stand in the model, `finish`.
 
     Attributes:
         targets: the layers that are adapted where the user names none.
@@ -32,6 +33,18 @@ class Adaptation:
     targets: ClassVar[Targets | None] = None
     needs_losses: ClassVar[bool] = False
     peft: ClassVar[bool] = False
+
+    def settle(self, model: nn.Module, places: Sequence[Place], seed: int, losses: Losses) -> Adaptation:
+        """These settings with those filled in that the model and its losses decide: what is done, kept, and said in files.
+
+        It leaves the model as it is.
+
+        Args:
+            places: what the targets mean.
+            seed: of what is drawn.
+            losses: of batches; empty for an adapter that is about to be read from a file.
+        """
+        return self
 
     def choose(self, model: nn.Module, places: Sequence[Place]) -> Sequence[Place]:
         """Those of the places that are adapted: all."""
@@ -49,8 +62,12 @@ class Adaptation:
         """What stands beside this layer. Its tensors are on the layer's device."""
         raise NotImplementedError(f"{type(self).__name__}.adapter")
 
-    def finish(self, model: nn.Module, adapters: dict[str, Adapter], losses: Losses) -> None:
-        """Told when all adapters stand in the model, by path of their layers."""
+    def finish(self, model: nn.Module, adapters: dict[str, Adapter], losses: Losses) -> Iterable[RemovableHandle] | None:
+        """Told when all adapters stand in the model, by path of their layers.
+
+        Returns:
+            Handles of hooks that it has put on the model, which `detach` removes; None: it has not.
+        """
 
     def settings(self) -> dict[str, Any]:
         """What a file says of this adaptation."""

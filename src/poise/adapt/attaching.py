@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from poise import catalog
 from poise.linalg.lengths import wide
@@ -42,6 +43,7 @@ class Attached:
     trained_before: dict[str, bool] = field(repr=False)
     passes: int = 0
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by path: the weight as it was
+    hooks: list[RemovableHandle] = field(default_factory=list, repr=False)  # of the method, on the model
 
     def __str__(self) -> str:
         share = self.trainable / self.total
@@ -85,9 +87,7 @@ def attach(
     known = attached(model)
     if known is not None:
         raise ValueError(f"model is adapted already, by {known.method}; detach(model) first, or fold(model) and then detach it")
-    found = list(made.choose(model, places(model, made.targets if targets is None else targets)))
-    if not found:
-        raise ValueError(f"targets: {made} adapts none of those layers")
+    meant = places(model, made.targets if targets is None else targets)
     if inside := next((name for name, layer in model.named_modules() if isinstance(layer, Adapted)), None):
         raise ValueError(f"model: {inside!r} is adapted already, as a part of another model; detach that one first")
     if made.needs_losses and losses is None:
@@ -97,6 +97,10 @@ def attach(
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     passes = _Counted(losses or ())
+    made = made.settle(model, meant, seed, passes)
+    found = list(made.choose(model, meant))
+    if not found:
+        raise ValueError(f"targets: {made} adapts none of those layers")
     shared = made.begin(model, found, Draw(seed, "", found[0].layer.weight), passes)
     adapters = {place.path: made.adapter(place, Draw(seed, place.path, place.layer.weight), shared) for place in found}
     for name, p in model.named_parameters():
@@ -114,7 +118,7 @@ def attach(
         trained_before=before,
     )
     setattr(model, KEPT, kept)
-    made.finish(model, adapters, passes)
+    kept.hooks = list(made.finish(model, adapters, passes) or ())
     kept.passes = passes.taken
     return kept
 
@@ -210,6 +214,8 @@ def detach(model: nn.Module) -> nn.Module:
         held: Any = layer
         become(held, type(held).__mro__[2])
         del held.adapter
+    for hook in kept.hooks:
+        hook.remove()
     for name, p in model.named_parameters():
         p.requires_grad_(kept.trained_before.get(name, p.requires_grad))
     delattr(model, KEPT)

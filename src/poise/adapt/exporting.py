@@ -95,9 +95,12 @@ def _unlike_peft(model: nn.Module, kept: Attached) -> str:
         return f"peft has no {type(kept.method).__name__}"
     if own := next((name for name in kept.also if name.rpartition(".")[0] in kept.layers), None):
         return f"{own!r} trains too, a parameter of an adapted layer itself"
+    seen: dict[int, str] = {}
     for path, adapter in adapters(model).items():
         if not isinstance(adapter, LowRank):
             return f"what stands at {path!r} is no product of two matrices"
+        if (other := seen.setdefault(id(adapter), path)) != path:
+            return f"{other!r} and {path!r} share one pair of matrices, and peft has a pair for each"
         if model.get_submodule(path) is model:
             return "the model is the adapted layer itself, and peft names layers by their path in a model"
     return ""
