@@ -11,6 +11,10 @@ from .attaching import fold as fold
 from .attaching import unfold as unfold
 from .exporting import export as export
 from .loading import load as load
+from .methods.compacter import Bottleneck as Bottleneck
+from .methods.compacter import Compacter as Compacter
+from .methods.compacter import Mixing as Mixing
+from .methods.compacter import PHMLinear as PHMLinear
 from .methods.dora import DoRA as DoRA
 from .methods.dora import WeightDecomposed as WeightDecomposed
 from .methods.lora import LoRA as LoRA
@@ -22,8 +26,12 @@ from .registry import pairs as pairs
 __all__ = [
     "Adaptation",
     "Attached",
+    "Bottleneck",
+    "Compacter",
     "DoRA",
     "LoRA",
+    "Mixing",
+    "PHMLinear",
     "Pair",
     "WeightDecomposed",
     "adapters",
