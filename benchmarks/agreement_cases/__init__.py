@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     absent,
+    compacter_cases,
     curvature_cases,
     jax_cases,
     jax_official_cases,
@@ -36,5 +37,6 @@ CASES: tuple[Case, ...] = (
     *window_cases.CASES,
     *jax_official_cases.CASES,
     *merge_cases.CASES,
+    *compacter_cases.CASES,
 )
 ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

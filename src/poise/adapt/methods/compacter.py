@@ -87,8 +87,8 @@ class Bottleneck(Adapter):
     tune={"reduction": choice(8, 16, 32), "plus": choice(False, True)},
     mutant=('"...air,iac->...cir"', '"...air,ica->...cir"'),
     exempt={
-        "starts as the base": "A_i are drawn small and not zero, as with zeros neither they nor s and t would get a gradient in "
-        "both maps; the model starts as the base up to a relative 1e-3.",
+        "starts as the base": "A is drawn small and not zero, from where nothing but a bias would ever train; the model "
+        "starts as the base up to a relative 1e-3.",
         "folds": "The adapter is a network with a nonlinearity after the layer, so no weight does the same.",
     },
 )
