@@ -50,7 +50,13 @@ def by_authors(problem: Problem, module: Any) -> Trajectory:
     maps = []
     for one in start:
         inputs, outputs = one.s.shape[1] * N, len(one.b)
-        settings = {"w_init": "glorot-uniform", "shared_phm_rule": True, "factorized_phm": True, "phm_rank": RANK}
+        settings = {
+            "w_init": "glorot-uniform",
+            "c_init": "normal",
+            "shared_phm_rule": True,
+            "factorized_phm": True,
+            "phm_rank": RANK,
+        }
         layer = module.PHMLinear(inputs, outputs, N, **settings).to(problem.dtype)
         layer.set_phm_rule(rule)
         with torch.no_grad():

@@ -35,7 +35,9 @@ def kronecker(n: int, A: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return sum((torch.kron(A[i], s[i] @ t[i]) for i in range(n)), torch.zeros(()))
 
 
-@pytest.mark.parametrize(("n", "inputs", "outputs", "rank"), [(4, 24, 8, 1), (4, 8, 24, 3), (3, 9, 9, 2), (1, 5, 7, 2), (2, 2, 4, 1)])
+@pytest.mark.parametrize(
+    ("n", "inputs", "outputs", "rank"), [(4, 24, 8, 1), (4, 8, 24, 3), (3, 9, 9, 2), (1, 5, 7, 2), (2, 2, 4, 1)]
+)
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 2, 3), (0,)])
 def test_a_map_is_a_sum_of_kronecker_products(n: int, inputs: int, outputs: int, rank: int, lead: tuple[int, ...]) -> None:
     one, x = phm(n, inputs, outputs, rank), drawn(*lead, inputs)
@@ -210,7 +212,9 @@ def test_bad_settings_are_refused() -> None:
             Compacter(**{name: value})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="spread=0"):
         Compacter(spread=0)
-    with pytest.raises(ValueError, match=r"n=4, reduction=32: the 32 outputs of 'model.layers.0.self_attn.o_proj' and the 1 feat"):
+    with pytest.raises(
+        ValueError, match=r"n=4, reduction=32: the 32 outputs of 'model.layers.0.self_attn.o_proj' and the 1 feat"
+    ):
         attach(gpt(), "compacter")
     with pytest.raises(ValueError, match="no feed-forward part of a repeated block"):
         attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "compacter")

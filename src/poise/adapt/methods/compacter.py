@@ -141,7 +141,9 @@ class Compacter(Adaptation):
         attention, forward = module_ends(model)
         found = set(forward if self.plus else [*attention, *forward])
         if not forward:
-            raise ValueError("targets: no feed-forward part of a repeated block is found in the model; name the layers to stand after")
+            raise ValueError(
+                "targets: no feed-forward part of a repeated block is found in the model; name the layers to stand after"
+            )
         return lambda path, _: path in found
 
     def also(self, model: nn.Module) -> Sequence[str]:
