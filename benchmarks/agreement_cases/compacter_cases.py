@@ -35,7 +35,7 @@ def adapted(problem: Problem) -> tuple[Net, list[Any]]:
     """poise's, with all that trains in the authors' order of a map: A, s, t, b."""
     net = Net(problem)
     attach(net, Compacter(n=N, reduction=3, rank=RANK, spread=0.3, norms=False), nn.Linear, seed=0)
-    return net, [part for one in adapters(net).values() for part in (one.down, one.up)]  # pyright: ignore[reportAttributeAccessIssue]
+    return net, [part for one in adapters(net).values() for part in (one.down, one.up)]
 
 
 def ours(problem: Problem, _: Any) -> Trajectory:
@@ -91,7 +91,7 @@ CASES = (
         "PHMLinear",
         ours,
         by_authors,
-        1e-10,
+        1e-13,
         f"n={N}, rank={RANK}, two adapters, AdamW",
         "rounding; the reference makes the whole matrix, poise does not",
         Problem(((WIDTH, WIDTH), (WIDTH, WIDTH)), steps=40),

@@ -80,7 +80,7 @@ def _is_cross(node: Node, attention: Node) -> bool:
 
 
 def _block(node: Node, around: set[int]) -> Node:
-    """The nearest module around a layer that also holds attention, if it is a repeated block or lies in one; else that block."""
+    """The nearest module around a layer that holds attention, too, if it is a repeated block or in one; else that block."""
     shared = next((place for place in node.ancestors() if id(place.module) in around), None)
     found = shared if shared is not None and (is_block(shared) or in_block(shared)) else block_of(node)
     assert found is not None

@@ -17,7 +17,7 @@ from poise import catalog
 from poise.adapt import Compacter, adapters, attach, export, load
 from poise.adapt.methods.compacter import Mixing, PHMLinear
 
-SMALL = {"n": 2, "reduction": 4}
+SMALL: dict[str, Any] = {"n": 2, "reduction": 4}
 ENDS = [f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.o_proj", "mlp.down_proj")]
 
 
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_dense_matrix() -> None:
 
 
 def test_the_matrix_is_not_made() -> None:
-    """Of a map from 512 to 512 features of 8 rows, no tensor with a column for each row of H is kept, and none half its size."""
+    """Of a map from 512 to 512 features of 8 rows, nothing with half the entries of H is kept."""
     one, sizes = phm(4, 512, 512, 1), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         one(drawn(8, 512))
@@ -132,7 +132,7 @@ def test_all_maps_hold_one_mixing_module_and_its_gradient_is_of_all_of_them() ->
         assert len(held) == 8 and len({id(one) for one in held}) == 1
     loss_of(model, tokens(model)).backward()
     apart = copy.deepcopy(model)
-    parts: list[Any] = [part for adapter in adapters(apart).values() for part in (adapter.down, adapter.up)]  # pyright: ignore[reportAttributeAccessIssue]
+    parts: list[Any] = [part for adapter in adapters(apart).values() for part in (adapter.down, adapter.up)]
     for part in parts:
         part.mixing = copy.deepcopy(part.mixing)
     apart.zero_grad()

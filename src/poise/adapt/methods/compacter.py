@@ -98,8 +98,8 @@ class Compacter(Adaptation):
 
         y <- y + Up(gelu(Down(y))),    Down from k features to k / reduction, Up back,    gelu by its tanh formula
         each of them  x H + b,    H = sum_{i=1..n} A_i (x) s_i t_i,    (x) the Kronecker product
-        A_i (n, n) ~ N(0, spread^2), shared by all maps of the model;  s_i (inputs / n, rank), t_i (rank, outputs / n) uniform in
-        Glorot's range times sqrt(2);  b = 0
+        A_i (n, n) ~ N(0, spread^2), shared by all maps of the model;  b = 0
+        s_i (inputs / n, rank), t_i (rank, outputs / n), uniform in Glorot's range times sqrt(2)
 
     They stand after self-attention and after the feed-forward part of every repeated block, before the residual addition, which
     is after the last layer of either: `o_proj` and `down_proj` of Llama, `c_proj` of GPT-2, `output.dense` of BERT. Any other
@@ -139,11 +139,9 @@ class Compacter(Adaptation):
 
     def default_targets(self, model: nn.Module) -> Targets:
         attention, forward = module_ends(model)
-        found = set(forward if self.plus else [*attention, *forward])
+        found = {*forward, *(() if self.plus else attention)}
         if not forward:
-            raise ValueError(
-                "targets: no feed-forward part of a repeated block is found in the model; name the layers to stand after"
-            )
+            raise ValueError("targets: the model has no feed-forward part of a repeated block that is found; name the layers")
         return lambda path, _: path in found
 
     def also(self, model: nn.Module) -> Sequence[str]:
