@@ -14,7 +14,10 @@ from poise.adapt.targets import Targets
 from poise.models import GPT, GPTConfig
 
 # What a method needs beyond its defaults to stand in models this small.
-SETTINGS: dict[str, dict[str, Any]] = {"compacter": {"n": 2, "reduction": 4}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "compacter": {"n": 2, "reduction": 4},
+    "pair-customization": {"content_rank": 4, "style_rank": 4},
+}
 NAMES = [m.name for m in catalog.methods("adapt") if m.kind == "adapter"]
 
 

@@ -20,6 +20,11 @@ from .methods.dora import WeightDecomposed as WeightDecomposed
 from .methods.lora import LoRA as LoRA
 from .methods.lora import check as check
 from .methods.lora import start as start
+from .methods.pair_customization import ContentAndStyle as ContentAndStyle
+from .methods.pair_customization import PairCustomization as PairCustomization
+from .methods.pair_customization import Part as Part
+from .methods.pair_customization import style_guidance as style_guidance
+from .parts import acting as acting
 from .registry import Pair as Pair
 from .registry import pairs as pairs
 
@@ -28,12 +33,16 @@ __all__ = [
     "Attached",
     "Bottleneck",
     "Compacter",
+    "ContentAndStyle",
     "DoRA",
     "LoRA",
     "Mixing",
     "PHMLinear",
     "Pair",
+    "PairCustomization",
+    "Part",
     "WeightDecomposed",
+    "acting",
     "adapters",
     "attach",
     "attached",
@@ -45,5 +54,6 @@ __all__ = [
     "load",
     "pairs",
     "start",
+    "style_guidance",
     "unfold",
 ]

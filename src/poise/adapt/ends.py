@@ -44,6 +44,11 @@ def module_ends(model: nn.Module) -> tuple[list[str], list[str]]:
     return [path for path in ends if path is not None], [path for path in others if path is not None]
 
 
+def attention_layers(model: nn.Module) -> list[str]:
+    """Paths of all linear layers of attention modules in repeated blocks, attention to another sequence included."""
+    return [node.path for node in _linears(model) if _attention(node)]
+
+
 def _linears(model: nn.Module) -> list[Node]:
     """Linear layers inside repeated blocks, each once, single experts left out."""
     found: dict[int, Node] = {}

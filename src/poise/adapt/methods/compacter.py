@@ -101,7 +101,7 @@ class Compacter(Adaptation):
         A_i (n, n) ~ N(0, spread^2), shared by all maps of the model;  b = 0
         s_i (inputs / n, rank), t_i (rank, outputs / n), uniform in Glorot's range times sqrt(2)
 
-    They stand after self-attention and after the feed-forward part of every repeated block, before the residual addition, which
+    They stand after self-attention and after the feed-forward part of every repeated block, before the residual addition: that
     is after the last layer of either: `o_proj` and `down_proj` of Llama, `c_proj` of GPT-2, `output.dense` of BERT. Any other
     layers can be named as `targets`. Norms of the model train, too. Per model n^3 parameters, and per map
     rank (inputs + outputs) + outputs.
@@ -117,10 +117,10 @@ class Compacter(Adaptation):
         norms: whether the model's norms train, on.
 
     Raises:
-        ValueError: settings out of range; a layer whose width is no multiple of n and reduction; no such blocks in the model.
+        ValueError: settings out of range; a width of which n is no divisor, before or after reduction; no such blocks.
 
-    The authors train with a learning rate of 3e-3. Where their T5 drops part of a module's output, it does so after the adapter,
-    and so does what stands here. Source: "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers" (arXiv 2106.04647).
+    The authors train with a learning rate of 3e-3. Where T5 drops part of a module's output, it does so after their adapter,
+    and after this one. Source: "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers" (arXiv 2106.04647).
     """
 
     plus: bool = False
