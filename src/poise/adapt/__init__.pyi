@@ -17,6 +17,9 @@ from .methods.compacter import Mixing as Mixing
 from .methods.compacter import PHMLinear as PHMLinear
 from .methods.dora import DoRA as DoRA
 from .methods.dora import WeightDecomposed as WeightDecomposed
+from .methods.ecotta import Adapted as Adapted
+from .methods.ecotta import EcoTTA as EcoTTA
+from .methods.ecotta import Side as Side
 from .methods.lora import LoRA as LoRA
 from .methods.lora import check as check
 from .methods.lora import start as start
@@ -30,17 +33,20 @@ from .registry import pairs as pairs
 
 __all__ = [
     "Adaptation",
+    "Adapted",
     "Attached",
     "Bottleneck",
     "Compacter",
     "ContentAndStyle",
     "DoRA",
+    "EcoTTA",
     "LoRA",
     "Mixing",
     "PHMLinear",
     "Pair",
     "PairCustomization",
     "Part",
+    "Side",
     "WeightDecomposed",
     "acting",
     "adapters",

@@ -47,7 +47,7 @@ class Side(nn.Module):
         like: dict[str, Any] = {"device": y.device, "dtype": y.dtype}
         self.norm, self.conv_norm = norm(y.shape[1], **like), norm(y.shape[1], **like)
         self.conv = conv(x.shape[1], y.shape[1], 3, stride=strides, padding=1, bias=False, **like)
-        self.cut = False  # whether no gradient passes through f
+        self.cut = self.recording = False  # whether no gradient passes through f, and whether `last` is kept
         self.x: Tensor | None = None
         self.last: tuple[Tensor, Tensor] | None = None
 
@@ -63,7 +63,7 @@ class Side(nn.Module):
         """After f: the output of both."""
         assert self.x is not None
         out = self(self.x, y)
-        self.x, self.last = None, (out, y)
+        self.x, self.last = None, (out, y) if self.recording else None
         return out
 
 
@@ -86,29 +86,29 @@ class EcoTTA(nn.Module):
         before deployment:  the side networks learn labelled source data, by cross-entropy
         at test time, every batch:  L = mean of H over samples with H < H0  +  lambda sum_k mean |x~_k - f_k(x_k)|
 
-    H is the entropy of softmax, H0 = margin ln(classes). The distances hold the network near what it knows, so that a long stream
-    does not ruin it; nothing is reset between domains. The gradient of one is taken for the parameters of its own side network
-    alone, and x_k and f_k(x_k) are constants in it.
+    H is the entropy of softmax, H0 = margin ln(classes). The distances hold the network near what it knows, so that a long
+    stream does not ruin it; nothing is reset between domains. The gradient of one is taken for the parameters of its own side
+    network alone, and x_k and f_k(x_k) are constants in it.
 
         eco = EcoTTA(model, ["layer1", "layer2", "layer3", "layer4"], example=images)
         eco.warm_up(loader)                                    # (images, labels) of the source, blurred and recoloured
         for images in stream:
             predictions = eco.adapt(images).argmax(1)
 
-    The entropy reaches an earlier side network through the convolutions of later ones and not through frozen partitions, so that
-    nothing of those is kept for the backward pass: that is the saving of memory. The whole gradient is `through_frozen=True`.
-    A call of the module, or of `model`, is the adapted network without a step; `remove` takes all of it away.
+    The entropy reaches an earlier side network through the convolutions of later ones and not through frozen partitions, so
+    that nothing of those is kept for the backward pass: that is the saving of memory. `through_frozen=True` gives the whole
+    gradient. A call of the module, or of `model`, is the adapted network without a step; `remove` takes all of it away.
 
     Args:
         model: whose parameters are frozen, in place. Its forward pass calls the partitions one after another.
-        partitions: of its encoder, in order, 4 or 5 with more layers in the last: paths or modules, or lists of those that follow
-            each other.
+        partitions: of its encoder, in order, 4 or 5 with more layers in the last: paths or modules, or lists of those that
+            follow each other.
         example: a batch that the model takes, which is run once to see sizes.
         weight: lambda, 0.5; 0.25 in a public implementation.
         margin: 0.4.
         lr, momentum: of SGD at test time, 5e-3 and 0.9.
-        statistics: of the model's own batch norms while it adapts: "batch" (default), of the batch, their running averages moving
-            along; or "running", the averages as they are. Side networks always use the batch.
+        statistics: of the model's own batch norms while it adapts: "batch" (default), of the batch, their running averages
+            moving along; or "running", the averages as they are. Side networks always use the batch.
         through_frozen: whether the entropy's gradient also passes through frozen partitions. Off.
 
     Attributes:
@@ -117,8 +117,8 @@ class EcoTTA(nn.Module):
         last: of the last step, the entropy, how many samples were kept, and the distances.
 
     Raises:
-        ValueError: settings out of range; partitions that are not run once each, in order; a size that a convolution with stride
-            does not give.
+        ValueError: settings out of range; partitions that are not run once each, in order; a size that a convolution with
+            stride does not give.
 
     Source: "EcoTTA: Memory-Efficient Continual Test-time Adaptation via Self-distilled Regularization" (arXiv 2303.01904), of
     which there is no code by the authors. Both parts of the loss are one step here; a public implementation takes two, the
@@ -177,7 +177,7 @@ class EcoTTA(nn.Module):
         """
         if epochs > 1 and iter(batches) is batches:
             raise ValueError(f"batches can be gone through once only, and epochs={epochs}; give a loader or a list")
-        self._ready(cut=False)
+        self._ready()
         optimizer = torch.optim.SGD(self.sides.parameters(), lr=lr, momentum=momentum)
         means: list[float] = []
         for _ in range(epochs):
@@ -190,16 +190,22 @@ class EcoTTA(nn.Module):
                 losses.append(float(now.detach()))
             means.append(sum(losses) / max(len(losses), 1))
         optimizer.zero_grad()
-        self._forget()
         return means
 
     @torch.enable_grad()
     def adapt(self, x: Tensor) -> Tensor:
         """One step on a batch without labels; returns its logits, of before the step."""
-        self._ready(cut=not self.through_frozen)
-        logits = self.model(x.detach())
+        self._ready()
+        for side in self._sides():
+            side.cut, side.recording = not self.through_frozen, True
+        try:
+            logits = self.model(x.detach())
+        finally:
+            for side in self._sides():
+                side.cut = side.recording = False
         entropy, kept = confident_entropy(logits, self.margin)
-        distances = torch.stack([(out - y.detach()).abs().mean() for out, y in (side.last for side in self._sides())])
+        seen = [side.last for side in self._sides()]
+        distances = torch.stack([(out - y.detach()).abs().mean() for out, y in seen])
         everything = list(self.sides.parameters())
         for p in everything:
             p.grad = torch.zeros_like(p)
@@ -210,7 +216,8 @@ class EcoTTA(nn.Module):
             self._add(entropy, everything, keep=False)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._forget()
+        for side in self._sides():
+            side.last = None
         self.last = Adapted(entropy.detach(), kept.sum(), distances.detach())
         return logits.detach()
 
@@ -232,20 +239,13 @@ class EcoTTA(nn.Module):
     def _sides(self) -> Iterable[Any]:
         return self.sides
 
-    def _ready(self, cut: bool) -> None:
+    def _ready(self) -> None:
         """Set the modes of modules: batch norms as `statistics` says, all else of the model as when it predicts."""
         self.eval()
         self.sides.train()
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
                 module.train(self.statistics == "batch")
-        for side in self._sides():
-            side.cut = cut
-
-    def _forget(self) -> None:
-        """A plain call from here on is the network, and its gradient the whole one."""
-        for side in self._sides():
-            side.cut, side.last = False, None
 
 
 def _resolved(model: nn.Module, partition: Partition) -> tuple[nn.Module, nn.Module]:
@@ -286,7 +286,9 @@ def _shapes(model: nn.Module, found: list[tuple[nn.Module, nn.Module]], example:
             module.training = mode
     if [event[:2] for event in events] != [(k, way) for k in range(len(found)) for way in ("in", "out")]:
         said = ", ".join(f"{way} {k}" for k, way, _ in events)
-        raise ValueError(f"partitions: must be run once each, in order, and not inside each other; the model ran {said or 'none'}")
+        raise ValueError(
+            f"partitions: must be run once each, in order, and not inside each other; the model ran {said or 'none'}"
+        )
     tensors = [event[2] for event in events]
     if not all(isinstance(t, Tensor) for t in tensors):
         raise ValueError("partitions: each must read and give one tensor")
