@@ -134,8 +134,8 @@ def test_the_distance_of_a_partition_moves_its_own_side_network_alone() -> None:
         distance = (side(h.detach(), y.detach()) - y.detach()).abs().mean()
         wanted += torch.autograd.grad(0.7 * distance, list(side.parameters()))
     close(moved(eco, x), wanted)
-    whole = sum((out - y.detach()).abs().mean() for _, y, out in by_hand(twin, x)[1])
-    through = torch.autograd.grad(0.7 * whole, list(twin.sides[0].parameters()))  # pyright: ignore[reportArgumentType]
+    whole = torch.stack([(out - y.detach()).abs().mean() for _, y, out in by_hand(twin, x)[1]]).sum()
+    through = torch.autograd.grad(0.7 * whole, list(twin.sides[0].parameters()))
     assert max(float((a - b).abs().max()) for a, b in zip(through, wanted[:5], strict=True)) > 1e-3  # what would be wrong
 
 

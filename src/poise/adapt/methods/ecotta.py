@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from poise.catalog import Paper, log_uniform, method, uniform
 
 from ..entropy import MARGIN, confident_entropy
+from ..partitions import Partition, ends_of, seen_by
 
-Partition = str | nn.Module | Sequence[str | nn.Module]
 KINDS: dict[int, tuple[Any, Any]] = {
     3: (nn.Conv1d, nn.BatchNorm1d),
     4: (nn.Conv2d, nn.BatchNorm2d),
@@ -146,8 +146,8 @@ class EcoTTA(nn.Module):
         if statistics not in ("batch", "running"):
             raise ValueError(f"statistics={statistics!r}: must be 'batch' or 'running'")
         self.weight, self.margin, self.statistics, self.through_frozen = weight, margin, statistics, through_frozen
-        found = [_resolved(model, partition) for partition in partitions]
-        sides = [Side(x, y, f"partition {k}") for k, (x, y) in enumerate(_shapes(model, found, example))]
+        found = [ends_of(model, partition) for partition in partitions]
+        sides = [Side(x, y, f"partition {k}") for k, (x, y) in enumerate(seen_by(model, found, example))]
         self.model, self.sides = model, nn.ModuleList(sides)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         for p in self._trained:
@@ -246,50 +246,3 @@ class EcoTTA(nn.Module):
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
                 module.train(self.statistics == "batch")
-
-
-def _resolved(model: nn.Module, partition: Partition) -> tuple[nn.Module, nn.Module]:
-    """The first and the last module of a partition."""
-    several = [partition] if isinstance(partition, str | nn.Module) else list(partition)
-    if not several:
-        raise ValueError("partitions: one of them is empty")
-    held = {id(module) for module in model.modules()}
-    found: list[nn.Module] = []
-    for one in several:
-        if isinstance(one, str) and one not in dict(model.named_modules()):
-            raise ValueError(f"partitions: {one!r} is no module of the model")
-        module = model.get_submodule(one) if isinstance(one, str) else one
-        if id(module) not in held:
-            raise ValueError(f"partitions: a {type(module).__name__} of them is no module of the model")
-        found.append(module)
-    return found[0], found[-1]
-
-
-@torch.no_grad()
-def _shapes(model: nn.Module, found: list[tuple[nn.Module, nn.Module]], example: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What every partition reads and gives, of an example that is run; nothing of the model changes."""
-    if not found:
-        raise ValueError("partitions: at least one is needed")
-    events: list[tuple[int, str, Any]] = []
-    hooks: list[Any] = []
-    for k, (first, last) in enumerate(found):
-        hooks.append(first.register_forward_pre_hook(lambda _, args, k=k: events.append((k, "in", args[0]))))
-        hooks.append(last.register_forward_hook(lambda _, args, y, k=k: events.append((k, "out", y))))
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    if [event[:2] for event in events] != [(k, way) for k in range(len(found)) for way in ("in", "out")]:
-        said = ", ".join(f"{way} {k}" for k, way, _ in events)
-        raise ValueError(
-            f"partitions: must be run once each, in order, and not inside each other; the model ran {said or 'none'}"
-        )
-    tensors = [event[2] for event in events]
-    if not all(isinstance(t, Tensor) for t in tensors):
-        raise ValueError("partitions: each must read and give one tensor")
-    return list(zip(tensors[::2], tensors[1::2], strict=True))
