@@ -1,4 +1,4 @@
-"""A GPT that has read Python reads prose: the task on which `adapters.py` weighs adapters. `adapters.py base` trains it first."""
+"""A GPT that has read Python reads prose: what `adapters.py` weighs adapters on. `adapters.py base` trains it first."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     absent,
     adapt_cases,
+    compacter_cases,
     curvature_cases,
     jax_cases,
     jax_official_cases,
@@ -38,5 +39,6 @@ CASES: tuple[Case, ...] = (
     *jax_official_cases.CASES,
     *merge_cases.CASES,
     *adapt_cases.CASES,
+    *compacter_cases.CASES,
 )
 ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

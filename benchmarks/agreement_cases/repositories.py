@@ -280,6 +280,16 @@ REPOSITORIES = {
         stubs=MERGEKIT,
         needs=("pydantic", "huggingface_hub"),
     ),
+    "rabeehk/compacter": Repository(
+        "e123daaaee59488e305297b9685c084edc07b5c0",
+        "seq2seq/hypercomplex/layers.py",
+        {
+            "seq2seq/hypercomplex/layers.py": "53288da59fc5a41e4c3363fcc498367ed93da0d5",
+            "seq2seq/hypercomplex/kronecker.py": "28177326bdeffd4311f2127b4efcf963562d6ce3",
+            "seq2seq/hypercomplex/inits.py": "c1a2d9619d7cc8a9d84a7bd462a58e5cfa30fd59",
+        },
+        folder="seq2seq",
+    ),
     "arcee-ai/mergekit": Repository(
         "a6e402884ba9bc30da7f23e8304a35f19485de95",
         "mergekit/merge_methods/slerp.py",

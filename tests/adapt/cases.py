@@ -17,6 +17,8 @@ from poise.models import GPT, GPTConfig
 SETTINGS: dict[str, dict[str, Any]] = {
     "diffora": {"steps": 3},
     "goat": {"rank": 8, "experts": 4, "dropout": 0.0},
+    "compacter": {"n": 2, "reduction": 4},
+    "pair-customization": {"content_rank": 4, "style_rank": 4},
 }
 NAMES = [m.name for m in catalog.methods("adapt") if m.kind == "adapter"]
 

@@ -64,10 +64,11 @@ def test_all_that_trains_is_moved_by_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_adapters_the_model_is_the_base(name: str) -> None:
+@pytest.mark.parametrize("also", [(), "*norm*"])
+def test_without_adapters_the_model_is_the_base(name: str, also: Any) -> None:
     model = gpt()
     before = output(model)
-    put(name, model)
+    put(name, model, also=also)
     stirred(model)
     moved = output(model)
     assert not torch.allclose(moved, before)

@@ -20,12 +20,14 @@ from .adaptation import Adaptation
 from .attaching import Attached, adapters, attach, attached, detach, disabled, fold, unfold
 from .exporting import export
 from .loading import load
+from .parts import acting
 from .registry import Pair, pairs
 
 __all__ = [
     "Adaptation",
     "Attached",
     "Pair",
+    "acting",
     "adapters",
     "attach",
     "attached",

@@ -21,8 +21,8 @@ Losses = Iterable[Callable[[], Tensor]]
 class Adaptation:
     """Settings of a method, and what it puts beside each layer.
 
-    Subclasses are frozen dataclasses whose fields are the settings. `attach` calls, in this order, `settle`, `choose`, `begin`,
-    `adapter` for each place, and, once all adapters stand in the model, `finish`.
+    Subclasses are frozen dataclasses whose fields are the settings. `attach` calls, in this order, `default_targets`, `also`,
+    `settle`, `choose`, `begin`, `adapter` for each place, and, once all adapters stand in the model, `finish`.
 
     Attributes:
         targets: the layers that are adapted where the user names none.
@@ -45,6 +45,14 @@ class Adaptation:
             losses: of batches; empty for an adapter that is about to be read from a file.
         """
         return self
+
+    def default_targets(self, model: nn.Module) -> Targets | None:
+        """The layers that are adapted where the user names none, of a method that must look at the model: `targets`."""
+        return self.targets
+
+    def also(self, model: nn.Module) -> Sequence[str]:
+        """Names of the model's own parameters that train too, besides those that the user names: none."""
+        return ()
 
     def choose(self, model: nn.Module, places: Sequence[Place]) -> Sequence[Place]:
         """Those of the places that are adapted: all."""

@@ -40,6 +40,10 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    def parts(self) -> dict[str, LowRank]:
+        """By name, the LoRAs that it is made of and that may act alone; of most there are none."""
+        return {}
+
     def folded(self, matrix: Tensor) -> Tensor:
         """The weight that does what the adapted layer does in eval mode, from the layer's: (outputs, inputs), in float32."""
         raise NotImplementedError(f"{type(self).__name__}.folded")

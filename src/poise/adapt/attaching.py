@@ -33,6 +33,7 @@ class Attached:
         also: names of the model's own parameters that train too.
         trainable, total: numbers of parameters, those that layers share counted once.
         passes: forward and backward passes that were taken to look at gradients first.
+        originals: of those that `also` names, the values before they trained.
     """
 
     method: Adaptation
@@ -42,6 +43,7 @@ class Attached:
     total: int
     trained_before: dict[str, bool] = field(repr=False)
     passes: int = 0
+    originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by path: the weight as it was
     hooks: list[RemovableHandle] = field(default_factory=list, repr=False)  # of the method, on the model
 
@@ -75,6 +77,7 @@ def attach(
         method: an adaptation, its class, or its name in the catalog (`poise methods --family adapt`).
         targets: see `poise.adapt.targets.places`; None: the method's own, of most methods all hidden linear layers.
         also: names of the model's own parameters that train too, or patterns with `*` for whole names: "*norm*", "lm_head.*".
+            Some methods name some by themselves. Their values at the start are kept.
         losses: functions that each give the loss of a batch, of methods that look at gradients first.
         seed: of what is drawn; None draws one from torch's global generator.
         settings: of the method, if it is given by class or name.
@@ -87,13 +90,13 @@ def attach(
     known = attached(model)
     if known is not None:
         raise ValueError(f"model is adapted already, by {known.method}; detach(model) first, or fold(model) and then detach it")
-    meant = places(model, made.targets if targets is None else targets)
+    meant = places(model, made.default_targets(model) if targets is None else targets)
     if inside := next((name for name, layer in model.named_modules() if isinstance(layer, Adapted)), None):
         raise ValueError(f"model: {inside!r} is adapted already, as a part of another model; detach that one first")
     if made.needs_losses and losses is None:
         raise ValueError(f"{type(made).__name__} looks at gradients first: give losses=[lambda: loss of a batch, ...]")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    trained = _matching(before, [also] if isinstance(also, str) else also)
+    trained = _matching(before, [*([also] if isinstance(also, str) else also), *made.also(model)])
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     passes = _Counted(losses or ())
@@ -103,6 +106,7 @@ def attach(
         raise ValueError(f"targets: {made} adapts none of those layers")
     shared = made.begin(model, found, Draw(seed, "", found[0].layer.weight), passes)
     adapters = {place.path: made.adapter(place, Draw(seed, place.path, place.layer.weight), shared) for place in found}
+    originals = {name: p.detach().clone() for name, p in model.named_parameters() if name in trained}
     for name, p in model.named_parameters():
         p.requires_grad_(name in trained)
     modules = dict(model.named_modules())
@@ -116,6 +120,7 @@ def attach(
         trainable=sum(p.numel() for p in counted if p.requires_grad),
         total=sum(p.numel() for p in counted),
         trained_before=before,
+        originals=originals,
     )
     setattr(model, KEPT, kept)
     kept.hooks = list(made.finish(model, adapters, passes) or ())
@@ -140,16 +145,21 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it the model is the base: adapters are not asked. Not for a folded model, whose weights are changed."""
+    """Within it the model is the base: adapters are not asked, and what of its own trained has the values from before.
+
+    Not for a folded model, whose weights are changed.
+    """
     kept = _known(model)
     if kept.folded:
         raise ValueError("model is folded, so that its weights are not the base's; unfold(model) first")
     found = [adapter for adapter in adapters(model).values() if adapter.active]
     for adapter in found:
         adapter.active = False
+    trained = _exchange(model, kept.originals)
     try:
         yield
     finally:
+        _exchange(model, trained)
         for adapter in found:
             adapter.active = True
 
@@ -205,7 +215,7 @@ def unfold(model: nn.Module) -> nn.Module:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove the adapters, in place; returns `model`. Weights stay as they are now: folded, or the base's.
+    """Remove the adapters, in place; returns `model`. It is the base again, or, if it was folded, what it was folded to.
 
     What trained before `attach` trains again. An optimizer of the adapters does not know of it.
     """
@@ -216,10 +226,21 @@ def detach(model: nn.Module) -> nn.Module:
         del held.adapter
     for hook in kept.hooks:
         hook.remove()
+    if not kept.folded:
+        _exchange(model, kept.originals)
     for name, p in model.named_parameters():
         p.requires_grad_(kept.trained_before.get(name, p.requires_grad))
     delattr(model, KEPT)
     return model
+
+
+def _exchange(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write these values into parameters of the model, and return those that stood there."""
+    named = dict(model.named_parameters())
+    stood = {name: named[name].detach().clone() for name in values}
+    for name, value in values.items():
+        named[name].data.copy_(value)
+    return stood
 
 
 class _Counted:
@@ -268,7 +289,7 @@ def _matching(names: dict[str, bool], patterns: Sequence[str]) -> list[str]:
         if not some:
             raise ValueError(f"also: {pattern!r} is the name of no parameter of the model")
         found += some
-    return list(dict.fromkeys(found))
+    return [name for name in names if name in found]
 
 
 def _known(model: nn.Module) -> Attached:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from poise.checkpoint.atomic import put
 from poise.checkpoint.peft_directory import CONFIG, PREFIX
 
-from .adapter import LowRank
+from .adapter import Adapter, LowRank
 from .attaching import Attached, adapters, attached
+from .parts import part_of
 from .targets import is_inputs_first
 
 Form = Literal["auto", "peft", "poise"]
@@ -29,12 +30,19 @@ VERSION = 1
 
 
 def export(
-    model: nn.Module, folder: str | Path, form: Form = "auto", *, base: str | None = None, task_type: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    form: Form = "auto",
+    *,
+    part: str | None = None,
+    base: str | None = None,
+    task_type: str | None = None,
 ) -> Path:
     """Write the adapters of `model`, and whatever else of it trains, into a folder; the base's weights are not in it.
 
     Args:
         form: "auto" (default): a PEFT directory where peft has the method, else poise's own. "peft", "poise": that one.
+        part: of a method that puts several LoRAs beside each layer, the one that is written, as a LoRA for peft; None: all.
         base: `base_model_name_or_path`, for peft; None: what the model's own config says, if it does.
         task_type: for peft, "CAUSAL_LM" and so on; None: "CAUSAL_LM" if the model's class has that in its name.
 
@@ -42,16 +50,22 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or peft has no such method.
+        ValueError: the model is not adapted, or peft has no such method; no such part.
 
     Files are whole or not there. Tensors are written as they are; `load` reads both forms.
     """
     kept = attached(model)
     if kept is None:
         raise ValueError("model is not adapted; attach(model, method) first")
-    reason = _unlike_peft(model, kept)
+    found: dict[str, Any] = dict(adapters(model) if part is None else part_of(model, part))
+    if part is None and not kept.method.peft:
+        reason = f"peft has no {type(kept.method).__name__}"
+    else:
+        reason = _unlike_peft(model, kept, found)
     if form not in ("auto", "peft", "poise"):
         raise ValueError(f"form={form!r}: must be 'auto', 'peft' or 'poise'")
+    if part is not None and (form == "poise" or reason):
+        raise ValueError(f"part={part!r}: a part alone is written for peft{reason and ', and ' + reason}")
     if form == "peft" and reason:
         raise ValueError(f"form='peft': {reason}; form='poise' writes it, and fold(model) makes plain weights where it can")
     folder = Path(folder)
@@ -66,7 +80,7 @@ def export(
         }
         _write(folder, tensors, OWN_WEIGHTS, said, OWN)
     else:
-        _write(folder, *_peft(model, kept, base, task_type), CONFIG)
+        _write(folder, *_peft(model, kept, found, base, task_type), CONFIG)
     return folder
 
 
@@ -85,18 +99,22 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _write(folder: Path, tensors: dict[str, Tensor], file: str, said: dict[str, Any], config: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    put(folder / file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
+    whole: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, t in tensors.items():
+        here = t.cpu().contiguous()
+        whole[name] = here.clone() if here.data_ptr() in held else here  # safetensors writes no memory under two names
+        held.add(here.data_ptr())
+    put(folder / file, save(whole, metadata={"format": "pt"}))
     put(folder / config, (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode())  # last: with it the folder is one
 
 
-def _unlike_peft(model: nn.Module, kept: Attached) -> str:
+def _unlike_peft(model: nn.Module, kept: Attached, found: dict[str, Adapter]) -> str:
     """Why peft cannot hold these adapters; "" if it can."""
-    if not kept.method.peft:
-        return f"peft has no {type(kept.method).__name__}"
     if own := next((name for name in kept.also if name.rpartition(".")[0] in kept.layers), None):
         return f"{own!r} trains too, a parameter of an adapted layer itself"
     seen: dict[int, str] = {}
-    for path, adapter in adapters(model).items():
+    for path, adapter in found.items():
         if not isinstance(adapter, LowRank):
             return f"what stands at {path!r} is no product of two matrices"
         if (other := seen.setdefault(id(adapter), path)) != path:
@@ -107,14 +125,14 @@ def _unlike_peft(model: nn.Module, kept: Attached) -> str:
 
 
 def _peft(
-    model: nn.Module, kept: Attached, base: str | None, task_type: str | None
+    model: nn.Module, kept: Attached, found: dict[str, Adapter], base: str | None, task_type: str | None
 ) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     stabilized = bool(getattr(kept.method, "rank_stabilized", False))
     turned, decomposed, dropout = set[bool](), False, 0.0
-    for path, adapter in adapters(model).items():
+    for path, adapter in found.items():
         assert isinstance(adapter, LowRank)
         layout, (down, up, scale) = adapter.layout, adapter.factors()
         rank = len(down)

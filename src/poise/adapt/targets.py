@@ -91,7 +91,7 @@ def _is_meant(target: Target, path: str, layer: nn.Module, roles: dict[str, str]
 def _roles(model: nn.Module) -> dict[str, str]:
     """What the weight of each layer that has one is, by the layer's path."""
     found: dict[str, str] = {}
-    named = {id(p): param.role for group in collect(model) for p, param in zip(group.tensors, group.described, strict=True)}
+    named = _parameter_roles(model)
     for path, layer in model.named_modules():
         weight = layer._parameters.get("weight")
         if weight is not None and weight.ndim > 1:
@@ -99,6 +99,17 @@ def _roles(model: nn.Module) -> dict[str, str]:
             role = named.get(id(weight), "")
             found[path] = "head" if role == "embedding" and isinstance(layer, nn.Linear) else role
     return found
+
+
+def _parameter_roles(model: nn.Module) -> dict[int, str]:
+    """By the parameter's id."""
+    return {id(p): param.role for group in collect(model) for p, param in zip(group.tensors, group.described, strict=True)}
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Names of the parameters that belong to the model's norms."""
+    roles = _parameter_roles(model)
+    return [name for name, p in model.named_parameters() if roles.get(id(p)) == "norm"]
 
 
 def _tied(model: nn.Module, found: list[Place]) -> list[Place]:

@@ -79,21 +79,28 @@ def clean_all(names: Iterable[str]) -> list[str]:
     return [clean(name) if len(owners[clean(name)]) == 1 else name for name in names]
 
 
-def in_block(node: Node) -> bool:
-    """Whether a module lies inside a block that the model repeats, so that it can be neither its first nor its last layer.
+def is_block(node: Node) -> bool:
+    """Whether a module is a block that the model repeats: it stands in a ModuleList, or beside a module of its own class.
 
-    A block is repeated if it stands in a ModuleList, or beside a module of its own class. Sequential and its kin are mere
-    containers: `features` and `classifier` of a convolution network are both Sequential without being alike.
+    Sequential and its kin are mere containers: `features` and `classifier` of a convolution network are both Sequential
+    without being alike.
     """
-    for block in node.ancestors():
-        if block.parent is None or isinstance(block.module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            continue
-        if isinstance(block.parent.module, nn.ModuleList):
-            return True
-        own = type_before_parametrizations(block.module)  # parametrize gives every module a class of its own
-        if sum(type_before_parametrizations(unwrap(child)) is own for child in block.parent.module.children()) > 1:
-            return True
-    return False
+    if node.parent is None or isinstance(node.module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    if isinstance(node.parent.module, nn.ModuleList):
+        return True
+    own = type_before_parametrizations(node.module)  # parametrize gives every module a class of its own
+    return sum(type_before_parametrizations(unwrap(child)) is own for child in node.parent.module.children()) > 1
+
+
+def block_of(node: Node) -> Node | None:
+    """The nearest repeated block around a module."""
+    return next((place for place in node.ancestors() if is_block(place)), None)
+
+
+def in_block(node: Node) -> bool:
+    """Whether a module lies inside a block that the model repeats, so that it can be neither its first nor its last layer."""
+    return block_of(node) is not None
 
 
 def attention(node: Node) -> Attention | None:
