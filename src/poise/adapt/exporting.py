@@ -98,8 +98,11 @@ def _unlike_peft(model: nn.Module, kept: Attached) -> str:
     for path, adapter in adapters(model).items():
         if not isinstance(adapter, LowRank):
             return f"what stands at {path!r} is no product of two matrices"
-        if model.get_submodule(path) is model:
+        layer: Any = model.get_submodule(path)
+        if layer is model:
             return "the model is the adapted layer itself, and peft names layers by their path in a model"
+        if adapter.layout.kind == "conv" and (layer.padding_mode != "zeros" or set(layer.dilation) != {1}):
+            return f"{path!r} has a padding_mode or dilation, which peft's convolutions beside it would not have"
     return ""
 
 
