@@ -114,7 +114,11 @@ def attach(
         trained_before=before,
     )
     setattr(model, KEPT, kept)
-    made.finish(model, adapters, passes)
+    try:
+        made.finish(model, adapters, passes)
+    except BaseException:
+        detach(model)
+        raise
     kept.passes = passes.taken
     return kept
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from poise.checkpoint.atomic import put
 from poise.checkpoint.peft_directory import CONFIG, PREFIX
 
-from .adapter import LowRank
+from .adapter import Adapted, Adapter, LowRank
 from .attaching import Attached, adapters, attached
 from .targets import is_inputs_first
 
@@ -61,7 +63,7 @@ def export(
             "version": VERSION,
             "method": _catalog_name(kept),
             "settings": kept.method.settings(),
-            "layers": list(kept.layers),
+            "layers": list(_everywhere(model)),
             "also": list(kept.also),
         }
         _write(folder, tensors, OWN_WEIGHTS, said, OWN)
@@ -83,6 +85,23 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in found.items() if once.setdefault(id(t), name) == name}
 
 
+def _everywhere(model: nn.Module) -> dict[str, Adapter]:
+    """By path, what stands beside every adapted layer, those tied to others too."""
+    return {path: layer.adapter for path, layer in model.named_modules() if isinstance(layer, Adapted)}
+
+
+def _standing_twice(model: nn.Module) -> str | None:
+    """The name of an adapted layer that stands at two places, be it in one module."""
+    seen: set[int] = set()
+    for parent in model.modules():
+        for name, layer in parent._modules.items():
+            if isinstance(layer, Adapted):
+                if id(layer) in seen:
+                    return name
+                seen.add(id(layer))
+    return None
+
+
 def _write(folder: Path, tensors: dict[str, Tensor], file: str, said: dict[str, Any], config: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     put(folder / file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
@@ -93,9 +112,12 @@ def _unlike_peft(model: nn.Module, kept: Attached) -> str:
     """Why peft cannot hold these adapters; "" if it can."""
     if not kept.method.peft:
         return f"peft has no {type(kept.method).__name__}"
-    if own := next((name for name in kept.also if name.rpartition(".")[0] in kept.layers), None):
-        return f"{own!r} trains too, a parameter of an adapted layer itself"
-    for path, adapter in adapters(model).items():
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in kept.also}
+    if own := next((name for name, holder in holders.items() if next(holder.children(), None) is not None), None):
+        return f"{own!r} trains too, and peft would save all that stands in its module with it"
+    if twice := _standing_twice(model):
+        return f"{twice!r} stands at several places in the model, of which peft adapts one"
+    for path, adapter in _everywhere(model).items():
         if not isinstance(adapter, LowRank):
             return f"what stands at {path!r} is no product of two matrices"
         layer: Any = model.get_submodule(path)
@@ -114,7 +136,7 @@ def _peft(
     alphas: dict[str, float] = {}
     stabilized = bool(getattr(kept.method, "rank_stabilized", False))
     turned, decomposed, dropout = set[bool](), False, 0.0
-    for path, adapter in adapters(model).items():
+    for path, adapter in _everywhere(model).items():
         assert isinstance(adapter, LowRank)
         layout, (down, up, scale) = adapter.layout, adapter.factors()
         rank = len(down)
@@ -125,12 +147,12 @@ def _peft(
         if layout.kind == "linear":
             turned.add(is_inputs_first(layout.rows))
         for part, tensor in zip(parts, (down, up), strict=True):
-            tensors[f"{PREFIX}{path}.{part}"] = tensor.detach()
+            tensors[f"{PREFIX}{path}.{part}"] = tensor.detach().clone()  # tied layers have one, a file has none twice
         magnitude = getattr(adapter, "magnitude", None)
         if isinstance(magnitude, Tensor):
             decomposed = True
             across = magnitude.reshape(1, -1, *[1] * len(layout.kernel)) if layout.kind == "conv" else magnitude
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = across.detach()
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = across.detach().clone()
         dropout = max(dropout, float(getattr(adapter.dropout, "p", 0.0)))
     whole = _whole_modules(model, kept)
     for path in whole:
@@ -145,7 +167,7 @@ def _peft(
         "r": rank,
         "lora_alpha": _plain(alpha),
         "lora_dropout": dropout,
-        "target_modules": sorted(ranks),
+        "target_modules": _targets(model, ranks),
         "bias": "none",
         "fan_in_fan_out": turned == {True},
         "use_rslora": stabilized,
@@ -156,6 +178,14 @@ def _peft(
         "modules_to_save": whole or None,
     }
     return tensors, PEFT_WEIGHTS, said
+
+
+def _targets(model: nn.Module, paths: Collection[str]) -> list[str] | str:
+    """For peft, which takes each of a list for the end of a path too, and a string for an expression."""
+    ends = tuple(f".{path}" for path in paths)
+    if any(path.endswith(ends) and path not in paths for path, _ in model.named_modules()):
+        return "|".join(re.escape(path) for path in sorted(paths))
+    return sorted(paths)
 
 
 def _whole_modules(model: nn.Module, kept: Attached) -> list[str]:

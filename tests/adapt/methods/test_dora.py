@@ -83,6 +83,7 @@ def test_lengths_are_constants_in_the_backward_pass() -> None:
     moved = plain.weight + 1.5 * up @ down
     weight = (length / moved.norm(dim=1))[:, None] * moved
     whole = torch.autograd.grad(nn.functional.mse_loss(nn.functional.linear(x, weight, plain.bias), target), up)[0]
+    assert up.grad is not None
     assert float((whole - up.grad).norm() / whole.norm()) > 0.01
 
 
@@ -143,7 +144,7 @@ def test_a_row_without_direction_is_named() -> None:
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
 def test_rank_stabilized_steps_have_one_size_at_every_rank(kind: Any) -> None:
-    """One step of Adam, seen on inputs that it was not taken on; with alpha / rank the step shrinks with the root of the rank."""
+    """One step of Adam, seen on inputs that it was not taken on; with alpha / rank it shrinks with the root of the rank."""
     width = 1024
     x, unseen = normal(64, width, dtype=torch.float32), normal(64, width, seed=5, dtype=torch.float32)
     target = normal(64, width, seed=6, dtype=torch.float32)
@@ -190,7 +191,7 @@ def test_outputs_and_gradients_are_pefts(dora: bool, stable: bool, targets: list
     attach(mine, (DoRA if dora else LoRA)(rank=4, alpha=6.0, rank_stabilized=stable), targets)
     stirred(mine)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=dora, use_rslora=stable)
-    other: Any = get_peft_model(theirs, config)  # pyright: ignore[reportArgumentType]
+    other: Any = get_peft_model(theirs, config)
     beside: dict[str, tuple[nn.Parameter, Any]] = {}
     for path, adapter in adapters(mine).items():
         one: Any = adapter
