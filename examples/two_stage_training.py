@@ -2,10 +2,9 @@
 
     python examples/two_stage_training.py --rounds 150
 
-A language model has read lines such as `3,7=<5>` with any digit in the brackets, so that it knows their form alone. In the first
-stage it is shown lines of which a half have the larger digit there, which is right. In the second it draws groups of answers,
-and each is rewarded for being right and well formed, and pays for length and repetition. Only the adapter trains; at the end it
-is folded.
+A language model has read lines such as `3,7=<5>`, of which three in ten have the larger digit in the brackets, which is right,
+and the others any. In the first stage an adapter is shown lines of which a half are right. In the second it draws groups of
+answers, and each is rewarded for being right and well formed, and pays for length and repetition. At the end it is folded.
 """
 
 import argparse
@@ -87,7 +86,7 @@ def train(steps=200, rounds=150, answers=16, seed=0):
     opt = AdamW(model, lr=3e-3)
     for _ in range(steps):
         opt.zero_grad()
-        loss_of(model, lines(64, 0.0, generator)).backward()
+        loss_of(model, lines(64, 0.3, generator)).backward()
         opt.step()
     found = [accuracy(model)]
     taught = (lambda: loss_of(model, lines(64, 0.5, generator)) for _ in range(steps))

@@ -41,6 +41,7 @@ class Attached:
     total: int
     trained_before: dict[str, bool] = field(repr=False)
     passes: int = 0
+    rewritten: str = ""  # what has changed the base's weights for good, if something has
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by path: the weight as it was
 
     def __str__(self) -> str:

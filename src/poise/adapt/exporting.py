@@ -44,13 +44,15 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or peft has no such method.
+        ValueError: the model is not adapted, its base's weights were changed, or peft has no such method.
 
     Files are whole or not there. Tensors are written as they are; `load` reads both forms.
     """
     kept = attached(model)
     if kept is None:
         raise ValueError("model is not adapted; attach(model, method) first")
+    if kept.rewritten:
+        raise ValueError(f"the base's weights are not what they were: {kept.rewritten}; detach(fold(model)) and save the model")
     reason = _unlike_peft(model, kept)
     if form not in ("auto", "peft", "poise"):
         raise ValueError(f"form={form!r}: must be 'auto', 'peft' or 'poise'")
