@@ -44,6 +44,7 @@ class Attached:
     trained_before: dict[str, bool] = field(repr=False)
     passes: int = 0
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    rewritten: str = ""  # what has changed the base's weights for good, if something has
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by path: the weight as it was
     hooks: list[RemovableHandle] = field(default_factory=list, repr=False)  # of the method, on the model
 
@@ -123,7 +124,11 @@ def attach(
         originals=originals,
     )
     setattr(model, KEPT, kept)
-    kept.hooks = list(made.finish(model, adapters, passes) or ())
+    try:
+        kept.hooks = list(made.finish(model, adapters, passes) or ())
+    except BaseException:
+        detach(model)
+        raise
     kept.passes = passes.taken
     return kept
 

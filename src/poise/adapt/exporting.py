@@ -7,8 +7,6 @@ poise_adapter.json   adapter.safetensors            every method's
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +14,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from poise.checkpoint.atomic import put
-from poise.checkpoint.peft_directory import CONFIG, PREFIX
+from poise.checkpoint.peft_directory import CONFIG
 
-from .adapter import Adapter, LowRank
+from .adapter import Adapted, Adapter
 from .attaching import Attached, adapters, attached
 from .parts import part_of
-from .targets import is_inputs_first
+from .peft_form import peft_form, unlike_peft
 
 Form = Literal["auto", "peft", "poise"]
-PEFT_WEIGHTS = "adapter_model.safetensors"
 OWN, OWN_WEIGHTS = "poise_adapter.json", "adapter.safetensors"
 VERSION = 1
 
@@ -50,18 +47,20 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or peft has no such method; no such part.
+        ValueError: the model is not adapted, its base's weights were changed, peft has no such method, or there is no such part.
 
     Files are whole or not there. Tensors are written as they are; `load` reads both forms.
     """
     kept = attached(model)
     if kept is None:
         raise ValueError("model is not adapted; attach(model, method) first")
-    found: dict[str, Any] = dict(adapters(model) if part is None else part_of(model, part))
+    if kept.rewritten:
+        raise ValueError(f"the base's weights are not what they were: {kept.rewritten}; detach(fold(model)) and save the model")
+    found: dict[str, Any] = dict(_everywhere(model) if part is None else part_of(model, part))
     if part is None and not kept.method.peft:
         reason = f"peft has no {type(kept.method).__name__}"
     else:
-        reason = _unlike_peft(model, kept, found)
+        reason = unlike_peft(model, kept, found)
     if form not in ("auto", "peft", "poise"):
         raise ValueError(f"form={form!r}: must be 'auto', 'peft' or 'poise'")
     if part is not None and (form == "poise" or reason):
@@ -75,12 +74,12 @@ def export(
             "version": VERSION,
             "method": _catalog_name(kept),
             "settings": kept.method.settings(),
-            "layers": list(kept.layers),
+            "layers": list(_everywhere(model)),
             "also": list(kept.also),
         }
         _write(folder, tensors, OWN_WEIGHTS, said, OWN)
     else:
-        _write(folder, *_peft(model, kept, found, base, task_type), CONFIG)
+        _write(folder, *peft_form(model, kept, found, base, task_type), CONFIG)
     return folder
 
 
@@ -97,6 +96,11 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in found.items() if once.setdefault(id(t), name) == name}
 
 
+def _everywhere(model: nn.Module) -> dict[str, Adapter]:
+    """By path, what stands beside every adapted layer, those tied to others too."""
+    return {path: layer.adapter for path, layer in model.named_modules() if isinstance(layer, Adapted)}
+
+
 def _write(folder: Path, tensors: dict[str, Tensor], file: str, said: dict[str, Any], config: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Tensor] = {}
@@ -107,87 +111,6 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: str, said: dict[str, 
         held.add(here.data_ptr())
     put(folder / file, save(whole, metadata={"format": "pt"}))
     put(folder / config, (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode())  # last: with it the folder is one
-
-
-def _unlike_peft(model: nn.Module, kept: Attached, found: dict[str, Adapter]) -> str:
-    """Why peft cannot hold these adapters; "" if it can."""
-    if own := next((name for name in kept.also if name.rpartition(".")[0] in kept.layers), None):
-        return f"{own!r} trains too, a parameter of an adapted layer itself"
-    seen: dict[int, str] = {}
-    for path, adapter in found.items():
-        if not isinstance(adapter, LowRank):
-            return f"what stands at {path!r} is no product of two matrices"
-        if (other := seen.setdefault(id(adapter), path)) != path:
-            return f"{other!r} and {path!r} share one pair of matrices, and peft has a pair for each"
-        if model.get_submodule(path) is model:
-            return "the model is the adapted layer itself, and peft names layers by their path in a model"
-    return ""
-
-
-def _peft(
-    model: nn.Module, kept: Attached, found: dict[str, Adapter], base: str | None, task_type: str | None
-) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    stabilized = bool(getattr(kept.method, "rank_stabilized", False))
-    turned, decomposed, dropout = set[bool](), False, 0.0
-    for path, adapter in found.items():
-        assert isinstance(adapter, LowRank)
-        layout, (down, up, scale) = adapter.layout, adapter.factors()
-        rank = len(down)
-        ranks[path], alphas[path] = rank, scale * (math.sqrt(rank) if stabilized else rank)
-        parts = ("lora_embedding_A", "lora_embedding_B") if layout.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-        if layout.kind == "conv":
-            down, up = down.reshape(rank, -1, *layout.kernel), up.reshape(-1, rank, *[1] * len(layout.kernel))
-        if layout.kind == "linear":
-            turned.add(is_inputs_first(layout.rows))
-        for part, tensor in zip(parts, (down, up), strict=True):
-            tensors[f"{PREFIX}{path}.{part}"] = tensor.detach()
-        magnitude = getattr(adapter, "magnitude", None)
-        if isinstance(magnitude, Tensor):
-            decomposed = True
-            across = magnitude.reshape(1, -1, *[1] * len(layout.kernel)) if layout.kind == "conv" else magnitude
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = across.detach()
-        dropout = max(dropout, float(getattr(adapter.dropout, "p", 0.0)))
-    whole = _whole_modules(model, kept)
-    for path in whole:
-        tensors |= {f"{PREFIX}{path}.{name}": t.detach() for name, t in model.get_submodule(path).state_dict().items()}
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    config = getattr(model, "config", None)
-    said = {
-        "peft_type": "LORA",
-        "task_type": task_type or ("CAUSAL_LM" if "CausalLM" in type(model).__name__ else None),
-        "base_model_name_or_path": base or getattr(config, "name_or_path", None) or None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": dropout,
-        "target_modules": sorted(ranks),
-        "bias": "none",
-        "fan_in_fan_out": turned == {True},
-        "use_rslora": stabilized,
-        "use_dora": decomposed,
-        "init_lora_weights": True,
-        "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(path): _plain(a) for path, a in alphas.items() if a != alpha},
-        "modules_to_save": whole or None,
-    }
-    return tensors, PEFT_WEIGHTS, said
-
-
-def _whole_modules(model: nn.Module, kept: Attached) -> list[str]:
-    """The layers whose own parameters train too, which peft saves whole."""
-    return sorted({name.rpartition(".")[0] for name in kept.also})
-
-
-def _exactly(path: str) -> str:
-    """A pattern for peft that this path alone matches."""
-    return "^" + path.replace(".", r"\.")
-
-
-def _plain(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _catalog_name(kept: Attached) -> str:

@@ -68,7 +68,7 @@ class Layout:
     def down(self, layer: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         """`matrix` (r, inputs) applied to the layer's input, as the layer applies its weight: r values where it has outputs."""
         if self.kind == "embedding":
-            return F.embedding(x, matrix.T)
+            return F.embedding(x, matrix.T, getattr(layer, "padding_idx", None))  # whose word does not train
         if self.kind == "linear":
             return F.linear(x, matrix)
         conv: Any = layer  # its own stride, padding and dilation

@@ -193,12 +193,16 @@ class Optimizer(torch.optim.Optimizer):
         resume.put_back(self.param_groups, self.state, snapshot)
 
     @torch.no_grad()
-    def begin_anew(self) -> None:
+    def begin_anew(self, params: Iterable[Tensor] | None = None) -> None:
         """Forget everything that steps left in the state, as if none had been taken; weights and settings stay.
 
         The lower halves of split weights are weights. A slot that begins as the weights begins as they are now.
+
+        Args:
+            params: those whose own state begins anew; what parameters share stays then. None: all of it.
         """
-        resume.begin(self._current().everyone, self.param_groups)
+        only = None if params is None else set(params)
+        resume.begin(self._current().everyone, self.param_groups, only)
 
     def plan(self, grads: Mapping[Any, Tensor] | Sequence[Tensor] | None = None) -> Plan:
         """Which parameter gets which rule and why, how its state is kept, and the RMS of its update at the current `lr`.

@@ -161,12 +161,19 @@ def _tensors(groups: Sequence[Mapping[str, Any]], known: Sequence[Any] | None) -
     return tensors
 
 
-def begin(members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> None:
-    """State as it is before the first step, in the tensors that are there."""
+def begin(members: Sequence[Member], groups: Sequence[dict[str, Any]], only: set[Tensor] | None = None) -> None:
+    """State as it is before the first step, in the tensors that are there.
+
+    Args:
+        only: parameters that begin anew; then what several of them share, and the clocks of the groups, stay. None: all.
+    """
+    if only is not None:
+        members = [m for m in members if m.tensor in only]
+        groups = ()
     for m in members:
         begun = m.create() if m.awake else {}
         begun.pop(LOW, None)
-        for key, slot in m.shared.items():
+        for key, slot in m.shared.items() if only is None else ():
             if key in m.state:
                 begun[key] = initial(slot, slot.shape, m.state[key], None)
         for key, value in begun.items():
