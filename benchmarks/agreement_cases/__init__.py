@@ -8,6 +8,7 @@ from . import (
     jax_cases,
     jax_official_cases,
     layer_cases,
+    low_rank_cases,
     matrix_cases,
     memory_cases,
     merge_cases,
@@ -36,5 +37,6 @@ CASES: tuple[Case, ...] = (
     *window_cases.CASES,
     *jax_official_cases.CASES,
     *merge_cases.CASES,
+    *low_rank_cases.CASES,
 )
 ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

@@ -11,19 +11,30 @@ from .attaching import fold as fold
 from .attaching import unfold as unfold
 from .exporting import export as export
 from .loading import load as load
+from .methods.altlora import AltLoRA as AltLoRA
+from .methods.altlora import AltLoRAPlus as AltLoRAPlus
+from .methods.altlora import Factor as Factor
+from .methods.altlora import through_the_other as through_the_other
 from .methods.dora import DoRA as DoRA
 from .methods.dora import WeightDecomposed as WeightDecomposed
 from .methods.lora import LoRA as LoRA
 from .methods.lora import check as check
 from .methods.lora import start as start
+from .methods.lora_sb import Cored as Cored
+from .methods.lora_sb import LoRASB as LoRASB
 from .registry import Pair as Pair
 from .registry import pairs as pairs
 
 __all__ = [
     "Adaptation",
+    "AltLoRA",
+    "AltLoRAPlus",
     "Attached",
+    "Cored",
     "DoRA",
+    "Factor",
     "LoRA",
+    "LoRASB",
     "Pair",
     "WeightDecomposed",
     "adapters",
@@ -37,5 +48,6 @@ __all__ = [
     "load",
     "pairs",
     "start",
+    "through_the_other",
     "unfold",
 ]

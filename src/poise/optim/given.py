@@ -51,7 +51,8 @@ def ones_for(members: Sequence[Member]) -> dict[str, dict[int, Tensor]]:
     """Ones under every name that a rule must be fed."""
     names = {name for m in members for link in m.rule for name in link.feeds}
     return {
-        name: {id(m.tensor): torch.ones(m.fed_shapes.get(name, m.local.shape), device=m.device) for m in members} for name in names
+        name: {id(m.tensor): torch.ones(m.fed_shapes.get(name, m.local.shape), device=m.device) for m in members}
+        for name in names
     }
 
 

@@ -28,7 +28,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def layer(A: Tensor | None = None, B: Tensor | None = None, alpha: float = 6.0, outputs: int = OUT) -> Any:
     """One linear layer in float64 with a pair beside it, s = 2 unless told otherwise."""
-    model = nn.Sequential(nn.Linear(IN, outputs, bias=False)).double()
+    model: Any = nn.Sequential(nn.Linear(IN, outputs, bias=False)).double()
     with torch.no_grad():
         model[0].weight.copy_(drawn(outputs, IN, seed=1))
     attach(model, "lora", "0", rank=RANK, alpha=alpha, seed=0)
@@ -296,7 +296,9 @@ def test_everything_else_that_trains_goes_to_adamw() -> None:
         return [p.detach() for n, p in model.named_parameters() if "norm" in n]
 
     mine = norms(lambda model: AltLoRA(model, weight_decay=0.0, adamw_lr=0.02, adamw_weight_decay=0.1))
-    theirs = norms(lambda model: AdamW([p for n, p in model.named_parameters() if "norm" in n], lr=0.02, weight_decay=0.1, decay="after"))
+    theirs = norms(
+        lambda model: AdamW([p for n, p in model.named_parameters() if "norm" in n], lr=0.02, weight_decay=0.1, decay="after")
+    )
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert any(not torch.equal(a, torch.ones_like(a)) for a in mine)
 
@@ -370,14 +372,14 @@ def test_training_goes_on_exactly(kind: Any, how: dict[str, Any]) -> None:
     model, opt = begun(kind, "int8", **how)
     trained(model, opt, 3)
     saved = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
-    twin = pickle.loads(pickle.dumps((model, opt)))
+    copied, its = pickle.loads(pickle.dumps((model, opt)))
     trained(model, opt, 4)
     other, fresh = begun(kind, "int8", **how)
     other.load_state_dict(saved[0])
     fresh.load_state_dict(saved[1])
     trained(other, fresh, 4)
-    trained(*twin, 4)
-    for again in (other, twin[0]):
+    trained(copied, its, 4)
+    for again in (other, copied):
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
