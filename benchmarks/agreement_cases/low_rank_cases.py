@@ -91,7 +91,8 @@ def first_step(problem: Problem, _: Any) -> Trajectory:
     model = Network(problem)
     losses = [lambda x=x: model(x).loss for x in drawn(problem)]
     attach(model, LoRASB(rank=RANK, first_lr=FIRST_LR), ["layers.0", "layers.1"], losses=losses)
-    return changes([adapter.change() for adapter in adapters(model).values()])  # pyright: ignore[reportAttributeAccessIssue]
+    found: dict[str, Any] = {**adapters(model)}
+    return changes([adapter.change() for adapter in found.values()])
 
 
 def first_step_by_authors(released: bool) -> Side:
@@ -153,8 +154,8 @@ CASES: tuple[Case, ...] = (
         altlora_by_authors("altlora_plus", betas=(0.9, 0.999), eps=1e-4),
         None,
         "the same, betas=(0.9, 0.999)",
-        "theirs steps along the momentum that was carried over to the new basis and keeps the one that was not; poise keeps the "
-        "one that was",
+        "theirs steps along the momentum that was carried over to the new basis, and keeps the one that was not; poise keeps "
+        "the one that was",
         PAIRS,
     ),
     Case(

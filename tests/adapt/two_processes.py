@@ -1,4 +1,4 @@
-"""What each of two processes does for the tests of AltLoRA: train an adapted model over gloo, results left in a file per rank."""
+"""What each of two processes does for the tests of AltLoRA: train an adapted model over gloo, and leave a file of results."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from poise.compare import tasks
 from poise.compare.entries import parse
 from poise.compare.fit import Fit, fit
 from poise.optim import SGD, AdamW
+from poise.training import SAM
 
 OUT, IN, RANK = 7, 9, 3
 Trajectory = list[Tensor]
@@ -274,6 +275,34 @@ def test_a_factor_without_a_partner_that_trains_moves_in_every_step() -> None:
     for pair in pairs(model):
         pair.A.requires_grad_(False)
     assert moves(model, AltLoRA(model), 3) == "bbb"
+
+
+def test_a_factor_whose_partner_is_left_out_for_a_while_moves_in_every_step() -> None:
+    model = gpt()
+    attach(model, "lora", rank=4, seed=0)
+    opt = AltLoRA(model)
+    assert moves(model, opt, 3) == "bab"
+    opt.keep_only([p for name, p in model.named_parameters() if name.endswith("lora_B")])
+    assert moves(model, opt, 2) == "bb"
+    opt.keep_only(None)
+    assert set(moves(model, opt, 2)) == {"a", "b"}
+
+
+def test_it_goes_round_in_other_drivers() -> None:
+    model = gpt()
+    attach(model, "lora", rank=4, seed=0)
+    opt = SAM(AltLoRA(model), rho=0.01)
+    x, found = tokens(model), []
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        return loss
+
+    for _ in range(30):
+        found.append(float(opt.step(closure).detach()))
+    assert found[-1] < 0.7 * found[0]
 
 
 def test_gradients_are_left_where_they_were() -> None:

@@ -26,4 +26,4 @@ def test_two_processes_train_as_one(scenario: str, ranks: list[dict[str, Any]]) 
     assert all(torch.equal(a, b) for a, b in zip(one["found"], other["found"], strict=True)), "the ranks differ"
     assert all(not torch.equal(a, b) for a, b in zip(one["found"], start, strict=True)), "something did not train"
     for a, b in zip(one["found"], one["alone"], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -16,6 +16,8 @@ from poise.adapt import LoRA, LoRASB, adapters, attach, attached, export, load, 
 from poise.adapt.estimates import summed_gradients
 from poise.adapt.methods.lora_sb import Cored
 from poise.adapt.targets import places
+from poise.compare import tasks
+from poise.compare.entries import parse
 from poise.optim import SGD
 
 RANK = 4
@@ -256,6 +258,19 @@ def test_its_pairs_say_that_something_stands_between() -> None:
         assert pair.core is found[pair.name].lora_R and not pair.A.requires_grad and not pair.B.requires_grad
     attach(other := gpt(), "lora")
     assert all(pair.core is None for pair in pairs(other))
+
+
+def test_the_scale_gives_it_batches_of_the_task() -> None:
+    entry, task = parse("lora-sb(rank=4,batches=3,around=muon)")["lora-sb"], tasks.load("digits")
+    assert {"first_lr", "lr"} <= set(entry.space)
+    model = task.model()
+    assert type(entry.build(model, task, lr=0.01, first_lr=1e-3)).__name__ == "Muon"
+    kept = attached(model)
+    assert kept is not None and kept.passes == 3 and all(adapter.lora_R.any() for adapter in cores(model))
+
+
+def cores(model: nn.Module) -> list[Any]:
+    return list(adapters(model).values())
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,9 @@ class _Alternating(Optimizer):
     def _is_due(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
         factor = self.factors[name]
         other = tensors[factor.other]
-        if not other.requires_grad:
+        if not other.requires_grad or other not in self.state:  # frozen, or left out by keep_only: it has no turn
             return True
-        steps = sum(int(self.state.get(t, {}).get("step", 0)) for t in (tensors[name], other))  # those of the pair
+        steps = sum(int(self.state[t]["step"]) for t in (tensors[name], other) if t in self.state)  # those of the pair
         return (steps // self.period % 2 == 0) == factor.leads
 
     def _tell(self, movers: set[str], tensors: Mapping[str, Tensor]) -> None:
