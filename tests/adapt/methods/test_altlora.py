@@ -292,7 +292,7 @@ def test_it_goes_round_in_other_drivers() -> None:
     model = gpt()
     attach(model, "lora", rank=4, seed=0)
     opt = SAM(AltLoRA(model), rho=0.01)
-    x, found = tokens(model), []
+    x = tokens(model)
 
     def closure() -> Tensor:
         opt.zero_grad()
@@ -300,8 +300,7 @@ def test_it_goes_round_in_other_drivers() -> None:
         loss.backward()
         return loss
 
-    for _ in range(30):
-        found.append(float(opt.step(closure).detach()))
+    found = [float(opt.step(closure).detach()) for _ in range(30)]
     assert found[-1] < 0.7 * found[0]
 
 
