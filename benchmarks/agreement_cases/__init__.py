@@ -10,6 +10,7 @@ from . import (
     jax_cases,
     jax_official_cases,
     layer_cases,
+    low_rank_cases,
     matrix_cases,
     memory_cases,
     merge_cases,
@@ -40,5 +41,6 @@ CASES: tuple[Case, ...] = (
     *merge_cases.CASES,
     *adapt_cases.CASES,
     *compacter_cases.CASES,
+    *low_rank_cases.CASES,
 )
 ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

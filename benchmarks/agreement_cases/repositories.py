@@ -308,4 +308,19 @@ REPOSITORIES = {
         {"goat/peta/src/goat/layer.py": "ed5b4493439924470836d76c525241913cd39875"},
         needs=("peft",),
     ),
+    "LucasXinYu/AltLoRA": Repository(
+        "94b219882abcaa6004d2029fd8a09cd190a8a9aa",
+        "optimizer_new.py",
+        {"optimizer_new.py": "f21e8df6fcad53918d958c7b3409961cdea283c2"},
+    ),
+    "RaghavSinghal10/lora-sb": Repository(
+        "37b33d4c4c573de20f314bc1231b84ee49771759",
+        "utils/gradient_utils.py",
+        {
+            "utils/gradient_utils.py": "8974d76f2b07e1070ebe7217d0ffa5869d65db50",
+            "utils/svd_utils.py": "c0905972141b1c39f2719b75e1f79634c2534933",
+        },
+        folder=".",
+        stubs=("tqdm", "tqdm.auto", "accelerate", "utils.offload_utils_for_quant"),
+    ),
 }

@@ -48,6 +48,8 @@ def test_entries_of_drivers_can_be_sent_to_workers() -> None:
     [
         ("dnsam", "needs full"),
         ("sam(around=sam)", "is a driver"),
+        ("altlora", r"lora\(around=altlora\)"),
+        ("sam(around=altlora)", r"lora\(around=altlora\)"),
         ("sam(around=adamx)", "did you mean"),
         ("adamw(lr=1", "closing parenthesis"),
         ("adamw(lr=1)x", "closing parenthesis"),

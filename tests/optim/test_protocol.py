@@ -469,6 +469,32 @@ def test_a_fed_tensor_of_another_shape_is_refused_by_name() -> None:
         opt.feed(target=[numbers(1.0)])
 
 
+@pytest.mark.parametrize("kind", [apply_matrix, apply_tensor])
+def test_a_rule_may_say_another_shape_for_what_it_is_fed_and_sees_it_as_it_is(kind: type[apply]) -> None:
+    def measure(self: Any, u: Tensor, state: State, x: Tensor, k: Context) -> dict[str, Tensor]:
+        return {"seen": k.target.sum()}
+
+    said = {"measure": measure, "fed_shapes": lambda self, p: {"target": (p.shape[0], 2)}}
+    shaped = type(kind.__name__, (kind,), said)
+    params = zeros((3, 4), (2, 2, 3))
+    opt = optimizer(params, shaped(lambda u, state, x, k: k.target.T.sum() * u + k.total["seen"], feeds=("target",)), lr=1.0)
+    targets = [ramp(3, 2), ramp(2, 2)]
+    assert "2, 2, 3" in str(opt.plan()) or "2x2x3" in str(opt.plan())
+    opt.feed(target=targets)
+    both = targets[0].sum() + targets[1].sum()
+    found = play(opt, params, [[ramp(3, 4), ramp(2, 2, 3)]])
+    expected = [-(t.sum() * g + both) for t, g in zip(targets, (ramp(3, 4), ramp(2, 2, 3)), strict=True)]
+    assert distance(found, expected) < 1e-12
+    with pytest.raises(ValueError, match=r"is to be fed shape \(3, 2\), its tensor \(3, 4\)"):
+        opt.feed(target={params[0]: ramp(3, 4)})
+
+
+def test_rules_that_see_pieces_are_fed_what_has_the_parameters_shape() -> None:
+    rule = type("apply", (apply,), {"fed_shapes": lambda self, p: {"target": (2, 2)}})(feeds=("target",))
+    with pytest.raises(ValueError, match="of unit 'element'"):
+        optimizer(zeros((4,)), rule, lr=1.0)
+
+
 def may_be_fed(kind: type[apply] = apply, **more: Any) -> apply:
     return kind(lambda u, state, x, k: u if k.target is None else u + 10 * k.target, may_feed=("target",), **more)
 

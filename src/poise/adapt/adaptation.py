@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,13 @@ class Adaptation:
     Attributes:
         targets: the layers that are adapted where the user names none.
         needs_losses: whether `attach` must be given losses of batches: gradients at the start decide something.
-        peft: whether what it puts beside a layer is a LoRA or DoRA that peft knows.
+        peft: whether what it puts beside a layer is a LoRA or DoRA that peft knows. "as LoRA": it does what a LoRA does and
+            trains in another way, so that it is written as one only where that is asked for.
     """
 
     targets: ClassVar[Targets | None] = None
     needs_losses: ClassVar[bool] = False
-    peft: ClassVar[bool] = False
+    peft: ClassVar[bool | Literal["as LoRA"]] = False
 
     def settle(self, model: nn.Module, places: Sequence[Place], seed: int, losses: Losses) -> Adaptation:
         """These settings with those filled in that the model and its losses decide: what is done, kept, and said in files.

@@ -97,6 +97,11 @@ class LowRank(Adapter):
     def rank(self) -> int:
         return len(self.lora_A)
 
+    @property
+    def core(self) -> nn.Parameter | None:
+        """What trains between A and B, if anything does."""
+        return None
+
     def forward(self, x: Tensor, layer: Any, base: Base) -> Tensor:
         return added(base(x), self.beside(x, layer))
 

@@ -38,7 +38,8 @@ def export(
     """Write the adapters of `model`, and whatever else of it trains, into a folder; the base's weights are not in it.
 
     Args:
-        form: "auto" (default): a PEFT directory where peft has the method, else poise's own. "peft", "poise": that one.
+        form: "auto" (default): a PEFT directory where peft has the method, else poise's own. "peft", "poise": that one. What
+            peft lacks and does no more than a LoRA does is written for "peft" as a LoRA.
         part: of a method that puts several LoRAs beside each layer, the one that is written, as a LoRA for peft; None: all.
         base: `base_model_name_or_path`, for peft; None: what the model's own config says, if it does.
         task_type: for peft, "CAUSAL_LM" and so on; None: "CAUSAL_LM" if the model's class has that in its name.
@@ -68,7 +69,7 @@ def export(
     if form == "peft" and reason:
         raise ValueError(f"form='peft': {reason}; form='poise' writes it, and fold(model) makes plain weights where it can")
     folder = Path(folder)
-    if form == "poise" or reason:
+    if form == "poise" or reason or (form == "auto" and kept.method.peft == "as LoRA"):
         tensors = own_tensors(model)
         said = {
             "version": VERSION,

@@ -13,7 +13,7 @@ from .adapter import LowRank
 
 @dataclass(frozen=True)
 class Pair:
-    """The product s B A beside one weight.
+    """The product s B A beside one weight, or s B R A with a core R.
 
     Attributes:
         name: of the layer.
@@ -21,6 +21,7 @@ class Pair:
         A: (rank, inputs).
         B: (outputs, rank).
         scale: s.
+        core: R, (rank, rank), if there is one.
     """
 
     name: str
@@ -28,6 +29,12 @@ class Pair:
     A: nn.Parameter
     B: nn.Parameter
     scale: float
+    core: nn.Parameter | None = None
+
+    @property
+    def starts_at_B(self) -> bool:
+        """Whether B is what is not zero at first, as beside an embedding."""
+        return self.layer.adapter.layout.kind == "embedding"
 
 
 def pairs(model: nn.Module) -> list[Pair]:
@@ -49,4 +56,4 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
         for part in adapter.modules() if isinstance(adapter, nn.Module) else ():
             if isinstance(part, LowRank) and id(part) not in done:
                 done.add(id(part))
-                yield Pair(path, layer, part.lora_A, part.lora_B, part.scale)
+                yield Pair(path, layer, part.lora_A, part.lora_B, part.scale, part.core)

@@ -60,9 +60,19 @@ def entry_of(method: Method, fixed: Mapping[str, Any]) -> Entry:
     Raises:
         ValueError: if it cannot stand around that.
     """
-    if method.kind in AROUND_ONE:
-        return Entry(AROUND_ONE[method.kind](method, catalog.get(fixed.get(AROUND, "adamw")), dict(fixed)), fixed)
-    return Entry(method, fixed)
+    if method.kind not in AROUND_ONE:
+        _check_adapted(method)
+        return Entry(method, fixed)
+    inside = catalog.get(fixed.get(AROUND, "adamw"))
+    if method.kind != "adapter":
+        _check_adapted(inside)
+    return Entry(AROUND_ONE[method.kind](method, inside, dict(fixed)), fixed)
+
+
+def _check_adapted(method: Method) -> None:
+    if method.family == "adapt" and method.kind == "optimizer":
+        name = method.name
+        raise ValueError(f"{name} is an optimizer of adapters, which a task's model has none of; write lora({AROUND}={name})")
 
 
 def parse(methods: str) -> dict[str, Entry]:

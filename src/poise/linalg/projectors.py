@@ -31,6 +31,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .truncated import singular_triplets
+
 Kind = Literal["svd", "randomized", "random", "gaussian", "permuted", "rows", "columns", "entries"]
 Side = Literal["short", "long", "left", "right", "both"]
 
@@ -222,15 +224,11 @@ class Projector:
         finite = G.isfinite().all(-1).all(-1)[..., None, None]
         A = torch.where(finite, G, 0.0)
         left = self.left(*G.shape[-2:])
-        if sketch is None:
-            U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+        if left or sketch is None:
+            U, _, Vh = singular_triplets(A, sketch)
         else:
-            tall = A if left else A.mT
-            Q = torch.linalg.qr(tall @ sketch)[0]
-            for _ in range(2):
-                Q = torch.linalg.qr(tall @ torch.linalg.qr(tall.mT @ Q)[0])[0]
-            U, _, Vh = torch.linalg.svd(Q.mT @ tall, full_matrices=False)
-            U, Vh = (Q @ U, Vh) if left else (Vh.mT, (Q @ U).mT)
+            V, _, Uh = singular_triplets(A.mT, sketch)
+            U, Vh = Uh.mT, V.mT
         parts = [U[..., :, :r].mT] if left else []
         parts += [Vh[..., :r, :]] if self.both or not left else []
         return torch.where(finite, torch.cat(parts, -1), torch.nan)

@@ -14,8 +14,8 @@ from .engine.members import Member
 Given = Mapping[Any, Tensor] | Sequence[Tensor]  # by parameter or name, or in order
 
 
-def by_tensor(members: Sequence[Member], given: Given, what: str) -> dict[int, Tensor]:
-    """Tensors by parameter identity, from a mapping by parameter or name, or a list in order."""
+def by_tensor(members: Sequence[Member], given: Given, what: str, fed: str = "") -> dict[int, Tensor]:
+    """Tensors by parameter identity, from a mapping by parameter or name, or a list in order; `fed`: the name they go by."""
     if not isinstance(given, Mapping):
         values = list(given)
         if len(values) != len(members):
@@ -31,8 +31,10 @@ def by_tensor(members: Sequence[Member], given: Given, what: str) -> dict[int, T
             found[id(tensor)] = value
     for m in members:
         value = found.get(id(m.tensor))
-        if value is not None and tuple(value.shape) != tuple(m.spec.shape):
-            raise ValueError(f"{what}: {m.spec.name!r} has shape {tuple(m.spec.shape)}, its tensor {tuple(value.shape)}")
+        wanted = m.fed_shapes.get(fed)
+        if value is not None and tuple(value.shape) != tuple(m.spec.shape if wanted is None else wanted):
+            needs = f"has shape {tuple(m.spec.shape)}" if wanted is None else f"is to be fed shape {tuple(wanted)}"
+            raise ValueError(f"{what}: {m.spec.name!r} {needs}, its tensor {tuple(value.shape)}")
     return found
 
 
@@ -42,13 +44,16 @@ def fed(members: Sequence[Member], tensors: Mapping[str, Given]) -> dict[str, di
     for name in tensors:
         if name not in wanted:
             raise ValueError(f"feed({name}=...): no rule here reads {name!r}; wanted: {', '.join(sorted(wanted)) or 'nothing'}")
-    return {name: by_tensor(members, given, f"feed({name}=...)") for name, given in tensors.items()}
+    return {name: by_tensor(members, given, f"feed({name}=...)", name) for name, given in tensors.items()}
 
 
 def ones_for(members: Sequence[Member]) -> dict[str, dict[int, Tensor]]:
     """Ones under every name that a rule must be fed."""
     names = {name for m in members for link in m.rule for name in link.feeds}
-    return {name: {id(m.tensor): torch.ones(m.local.shape, device=m.device) for m in members} for name in names}
+    return {
+        name: {id(m.tensor): torch.ones(m.fed_shapes.get(name, m.local.shape), device=m.device) for m in members}
+        for name in names
+    }
 
 
 @contextmanager

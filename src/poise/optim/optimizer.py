@@ -141,20 +141,23 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._move(torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss)
+        return loss
+
+    def _move(self, loss: Any) -> None:
+        """Move the parameters that have a gradient. What goes round this in every step is done by a subclass here."""
         feeds, self._feeds = self._feeds, {}
-        known = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
         engine = self._current()
         kind = engine.everyone[0].device.type
         lowered = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with lowered:  # the precision of an update is the rule's business
-            engine.step(feeds, known if isinstance(known, Tensor) else None)
-        return loss
+            engine.step(feeds, loss if isinstance(loss, Tensor) else None)
 
     def feed(self, **tensors: Mapping[Any, Tensor] | Sequence[Tensor]) -> None:
         """Give the next step tensors that a rule reads beside the gradient (`Transform.feeds` and `Transform.may_feed`).
 
-        One step uses them up. Each is a mapping from parameter, or parameter name, to a tensor of its shape, or a list in the
-        order of the groups.
+        One step uses them up. Each is a mapping from parameter, or parameter name, to a tensor of its shape (or of that which
+        the rule says), or a list in the order of the groups.
         """
         self._feeds |= fed(self._current().everyone, tensors)
 

@@ -119,6 +119,13 @@ class Transform:
         """The state kept for one parameter."""
         return {}
 
+    def fed_shapes(self, p: Param) -> dict[str, tuple[int, ...]]:
+        """Shapes of what it is fed that has not the parameter's, of units "matrix" and "tensor".
+
+        Such a tensor is fed whole on every rank, and seen as it was fed.
+        """
+        return {}
+
     def blocks(self, p: Param) -> tuple[tuple[int, int], ...] | None:
         """With unit "block": the parameter's blocks as runs `((count, elements), ...)`, from its first element on.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class LoRA(Adaptation):
     "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv 2312.03732).
     """
 
-    peft: ClassVar[bool] = True
+    peft: ClassVar[bool | Literal["as LoRA"]] = True
 
     rank: int = 8
     alpha: float | None = 8.0

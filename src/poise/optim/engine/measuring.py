@@ -88,7 +88,8 @@ def measure_whole(
         lead = lead if unit == "layer" else m
         bound, written = lead.bound[position], set[str]()
         states = Held(lead, [bound])
-        fed = {name: seen(unit, lead, values) for name, values in given.items()}
+        own = lead.fed_shapes
+        fed = {name: values[lead] if name in own else seen(unit, lead, values) for name, values in given.items()}
         env = Env(seen(unit, lead, by_member), seen(unit, lead, None), states, rows[i], written, feeds=fed)
         env.known = {"param": bound.param, "step": steps[i], "clock": clock}
         bits = piece_noise(lead, steps[i]) if unit == "piece" else noise([lead], [steps[i]])

@@ -111,6 +111,12 @@ class Member:
         self.layer = layer
         self.partner: Member | None = None
         self.bound, slots = bind(rule.links, spec, layer)
+        self.fed_shapes: dict[str, tuple[int, ...]] = {}  # of what is fed to it in another shape than its own
+        for b in self.bound:
+            shapes = b.link.fed_shapes(b.param)
+            if shapes and b.link.unit not in ("matrix", "tensor"):
+                raise ValueError(f"{b.link!r} is of unit {b.link.unit!r}: what it is fed has the parameter's shape")
+            self.fed_shapes |= shapes
         self.shared = {key: slot for key, slot in slots.items() if slot.shared}
         self.layouts: dict[str, Layout] = {}  # of block links, by their prefix
         narrow: dict[str, Layout] = {}

@@ -103,7 +103,8 @@ class Whole:
         u = together(us)
         grad = u if blind else together([g.to(u.dtype) for g in grads])
         x = u if blind else together([m.format.read(stored_weights(m)) for m in members])
-        facts = {**facts, "feeds": {name: together([fed]) for name, fed in facts["feeds"].items()}}
+        fed = facts["feeds"]
+        facts = {**facts, "feeds": {name: t if name in first.fed_shapes else together([t]) for name, t in fed.items()}}
         bits = piece_noise(first, steps[0]) if here else noise(members, steps)
         u = self._links(first, u, grad, x, row, bits, steps[0], facts, single)
         pieces = [u] if single else u.unbind(0)
@@ -156,7 +157,8 @@ class Whole:
             env = Env(view_of(unit, member.spec, grad), view_of(unit, member.spec, x), states, row, written, **facts)
             env.bits = lambda salt, like=env.x: bits(salt, like)
             env.known = {**env.known, "param": bound.param, "step": step}
-            env.feeds = {name: view_of(unit, member.spec, fed) for name, fed in env.feeds.items()}
+            own = member.fed_shapes
+            env.feeds = {name: t if name in own else view_of(unit, member.spec, t) for name, t in env.feeds.items()}
             u = stored_as(unit, member.spec, call_update(bound, view_of(unit, member.spec, u), env), u.shape)
         if any(u.untyped_storage()._cdata == old.untyped_storage()._cdata for old in states.before.values()):
             u = u.clone()  # the state is about to be overwritten
