@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import Mixed, gpt, losses, output, stirred, tokens
+from conformance.cases import mutated
 from torch import Tensor, nn
 
+from poise import catalog
 from poise.adapt import DiffoRA, LoRA, adapters, attach, attached, detach, disabled, export, fold, load, pairs
 from poise.adapt.relaxing import Relaxed, Shares, largest, row_and_kind, rows_of, search
 from poise.adapt.targets import places
@@ -226,6 +228,15 @@ def test_layers_of_one_kind_that_were_not_kept_share_a_pair(tmp_path: Path) -> N
     with disabled(model):
         assert torch.equal(output(model), output(gpt()))
     torch.testing.assert_close(output(fold(model)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_of_their_own_for_the_layers_that_were_not_kept_are_seen() -> None:
+    model = gpt()
+    kept = attach(model, mutated(catalog.get("diffora"))(selected=("model.layers.0.mlp.up_proj",)), seed=0)
+    right = attach(gpt(), DiffoRA(selected=("model.layers.0.mlp.up_proj",)), seed=0)
+    found = adapters(model)
+    assert found["model.layers.0.mlp.down_proj"] is not found["model.layers.1.mlp.down_proj"]
+    assert kept.trainable > right.trainable
 
 
 def test_layers_of_several_shapes_and_kinds_are_searched() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from adapt.cases import Mixed, gpt, loss_of, put, tokens
 from adapt.cases import stirred as stirred_model
+from conformance.cases import mutated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from poise import catalog
 from poise.adapt import adapters, attach, fold
 from poise.adapt.methods.goat import GOAT, Experts, segments
 
@@ -50,6 +52,20 @@ def test_the_mean_over_all_choices_of_experts_is_the_base(scale: str) -> None:
     base = nn.functional.linear(x, made.weight, made.bias)
     torch.testing.assert_close(torch.stack(found).mean(0), base, rtol=1e-12, atol=1e-13)
     assert not torch.allclose(found[0], base, rtol=1e-4)
+
+
+def test_a_shift_of_all_experts_in_place_of_their_mean_is_seen() -> None:
+    made = nn.Linear(20, 18, dtype=torch.float64)
+    attach(made, mutated(catalog.get("goat"))(rank=12, experts=E, dropout=0.0), targets=nn.Linear, seed=0)
+    one: Any = adapters(made)[""]
+    x = batch(7, 20)
+    x[:, 0] = 1.0
+    found = []
+    for chosen in combinations(range(E), K):
+        with torch.no_grad():
+            one.gate.zero_()[list(chosen), 0] = 50.0
+        found.append(made(x))
+    assert not torch.allclose(torch.stack(found).mean(0), nn.functional.linear(x, made.weight, made.bias), rtol=1e-3)
 
 
 def test_one_expert_with_rho_1_is_pissa() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import Mixed, gpt, loss_of, output, put, stirred, tokens
+from conformance.cases import mutated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from poise import catalog
 from poise.adapt import LoRA, QueryableLoRA, adapters, attach, detach, fold
 from poise.adapt.bank import Bank
 from poise.adapt.methods.queryable_lora import instruct, prior_of
@@ -195,6 +197,16 @@ def test_outputs_are_those_of_a_loop_over_layers_and_tokens() -> None:
     torch.testing.assert_close(model(x.transpose(0, 1)).shape, (7, 2, 5))
     for rows in (x[0, 0], x[0]):  # without order: each is a token of its own, as the first of a sequence is
         torch.testing.assert_close(model(rows), model(rows.reshape(-1, 1, 5)).reshape(rows.shape), rtol=1e-12, atol=1e-13)
+
+
+def test_states_of_single_tokens_in_place_of_pooled_ones_are_seen() -> None:
+    model: Any = Chain().double()
+    settings: dict[str, Any] = {"rank": 3, "atoms": 4, "blocks": 3, "gamma": 2.0}
+    attach(model, mutated(catalog.get("queryable-lora"))(**settings), nn.Linear, seed=0)
+    stirred(model)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    prior = torch.full((4,), 0.25, dtype=torch.float64)
+    assert not torch.allclose(model(x[None])[0], reference(model, x, prior), rtol=1e-3)
 
 
 def test_layers_are_in_blocks_of_about_equally_many() -> None:
