@@ -113,9 +113,9 @@ def test_the_page_has_every_difference_with_its_reason() -> None:
 
 
 def test_every_optimizer_driver_and_merge_is_compared_or_it_is_said_why_not() -> None:
-    adapters = {found.name for found in methods("adapt")}  # of which some are compared
-    there = {one.rule for one in (*CASES, *ABSENT)} - adapters
-    assert {found.name for found in methods() if found.family in ("optim", "training", "merge")} == there
+    there = {one.rule for one in (*CASES, *ABSENT)}
+    wanted = {found.name for found in methods() if found.family in ("optim", "training", "merge")}
+    assert wanted <= there <= wanted | {found.name for found in methods("adapt")}  # of adapters, those whose code can be run
 
 
 def test_the_readme_clones_what_is_compared() -> None:

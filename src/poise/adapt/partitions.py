@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ def seen_by(model: nn.Module, found: Sequence[Ends], example: Tensor) -> list[tu
     events: list[tuple[int, str, Any]] = []
     hooks: list[Any] = []
 
-    def note(k: int, way: str, what: Any) -> None:
-        events.append((k, way, what))
+    def before(k: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        events.append((k, "in", args[0]))
+
+    def after(k: int, _: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        events.append((k, "out", y))
 
     for k, (first, last) in enumerate(found):
-        hooks.append(first.register_forward_pre_hook(lambda _, args, k=k: note(k, "in", args[0])))
-        hooks.append(last.register_forward_hook(lambda _, args, y, k=k: note(k, "out", y)))
+        hooks += [first.register_forward_pre_hook(partial(before, k)), last.register_forward_hook(partial(after, k))]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
