@@ -262,11 +262,12 @@ def page(whole: Mapping[str, Any]) -> str:
     ]
     return f"""# Merges, weighed
 
-A GPT of {model["parameters"]:,} parameters ({model["num_hidden_layers"]} layers, width {model["hidden_size"]}, bytes) read four
-kinds of text for {3 * settings["steps"]} steps, and was then fine-tuned on each of them for {settings["steps"]} steps with
-AdamW. Every method merged those four. Losses are nats per byte on text that neither training nor tuning saw; every method had
-{settings["trials"]} settings to choose from, by another held-out text. One training run: differences of some thousandths are
-not to be trusted. Joint training took as many steps as the four fine-tunings together.
+A GPT of {model["parameters"]:,} parameters ({model["num_hidden_layers"]} layers, width {model["hidden_size"]}, bytes) read
+four kinds of text for {3 * settings["steps"]} steps, and was then fine-tuned on each of them for {settings["steps"]} steps
+with AdamW. Every method merged those four. Losses are nats per byte on text that neither training nor tuning saw; every method
+had {settings["trials"]} settings of its own range to choose from, by another held-out text: that of TIES's lambda begins at
+0.8, as its authors search it. One training run: differences of some thousandths are not to be trusted. Joint training took as
+many steps as the four fine-tunings together.
 
 `logits` is the largest difference between what transformers computes from the written folder and what poise's own model does
 from the merged tensors. `seconds` is of one merge, or of all that was learned.

@@ -48,7 +48,7 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, its base's weights were changed, peft has no such method, or there is no such part.
+        ValueError: the model is not adapted, its base's weights were changed, peft has no such method, there is no such part.
 
     Files are whole or not there. Tensors are written as they are; `load` reads both forms.
     """
