@@ -18,7 +18,12 @@ from poise.models import GPT, GPTConfig
 from poise.optim import AdamW
 
 CONFIG = GPTConfig(
-    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=16,
 )
 PROMPT, ANSWER = 4, 5  # tokens of `3,7=`, and the most that an answer may have
 REWARD = Reward(room=3)
@@ -93,7 +98,7 @@ def train(steps=200, rounds=150, answers=16, seed=0):
     first = gazal_r1(model, taught, (), lambda model: AdamW(model, lr=3e-3), seed=seed)
     found.append(accuracy(model))
     groups = (lambda: group_of(model, answers, generator) for _ in range(rounds))
-    second = gazal_r1(model, (), groups, lambda model: AdamW(model, lr=2e-3))
+    second = gazal_r1(model, (), groups, lambda model: AdamW(model, lr=3e-4))
     found.append(accuracy(fold(model)))
     return found, first.losses, second.rewards
 

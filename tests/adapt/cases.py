@@ -14,7 +14,7 @@ from poise.adapt.targets import Targets
 from poise.models import GPT, GPTConfig
 
 # What a method needs beyond its defaults to stand in models this small.
-SETTINGS: dict[str, dict[str, Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {"kappatune": {"dropout": 0.0}}
 NAMES = [m.name for m in catalog.methods("adapt") if m.kind == "adapter"]
 
 

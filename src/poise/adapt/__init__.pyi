@@ -13,27 +13,53 @@ from .exporting import export as export
 from .loading import load as load
 from .methods.dora import DoRA as DoRA
 from .methods.dora import WeightDecomposed as WeightDecomposed
+from .methods.gazal_r1 import Course as Course
+from .methods.gazal_r1 import Group as Group
+from .methods.gazal_r1 import Reward as Reward
+from .methods.gazal_r1 import gazal_r1 as gazal_r1
+from .methods.gazal_r1 import grpo_loss as grpo_loss
+from .methods.kappatune import Condition as Condition
+from .methods.kappatune import KappaTune as KappaTune
+from .methods.kappatune import condition as condition
+from .methods.kappatune import conditions as conditions
+from .methods.kappatune import kappa_tune as kappa_tune
 from .methods.lora import LoRA as LoRA
 from .methods.lora import check as check
 from .methods.lora import start as start
+from .methods.lora_ggpo import LoRAGGPO as LoRAGGPO
+from .methods.lora_ggpo import Perturbed as Perturbed
+from .methods.periodic_lora import PeriodicLoRA as PeriodicLoRA
 from .registry import Pair as Pair
 from .registry import pairs as pairs
 
 __all__ = [
     "Adaptation",
     "Attached",
+    "Condition",
+    "Course",
     "DoRA",
+    "Group",
+    "KappaTune",
     "LoRA",
+    "LoRAGGPO",
     "Pair",
+    "PeriodicLoRA",
+    "Perturbed",
+    "Reward",
     "WeightDecomposed",
     "adapters",
     "attach",
     "attached",
     "check",
+    "condition",
+    "conditions",
     "detach",
     "disabled",
     "export",
     "fold",
+    "gazal_r1",
+    "grpo_loss",
+    "kappa_tune",
     "load",
     "pairs",
     "start",

@@ -72,7 +72,9 @@ def test_equal_rewards_teach_nothing() -> None:
     assert not found.any()
 
 
-@pytest.mark.parametrize(("move", "better", "counts"), [(0.5, True, False), (0.5, False, True), (-0.5, True, True), (-0.5, False, False)])
+@pytest.mark.parametrize(
+    ("move", "better", "counts"), [(0.5, True, False), (0.5, False, True), (-0.5, True, True), (-0.5, False, False)]
+)
 def test_ratios_are_clipped_where_going_on_would_pay(move: float, better: bool, counts: bool) -> None:
     old = torch.zeros(2, 1, dtype=torch.float64)
     logp = (old + move).requires_grad_()
@@ -143,7 +145,9 @@ def test_both_stages_train_one_adapter_and_nothing_else() -> None:
         return made[-1]
 
     x = tokens(model)
-    course = gazal_r1(model, [lambda: loss_of(model, x)] * 4, [lambda i=i: group(model, i) for i in range(3)], optimizer, seed=0)
+    course = gazal_r1(
+        model, [lambda: loss_of(model, x)] * 4, [lambda i=i: group(model, i) for i in range(3)], optimizer, seed=0
+    )
     assert len(made) == 2
     assert len(course.losses) == 4
     assert course.losses[-1] < course.losses[0]
@@ -159,7 +163,9 @@ def test_both_stages_train_one_adapter_and_nothing_else() -> None:
 def test_adapters_that_stand_go_on_training_and_several_passes_are_clipped() -> None:
     model = gpt()
     attach(model, "lora")
-    course = gazal_r1(model, (), [lambda: group(model, 0)], lambda m: AdamW(m, lr=0.01, backend="eager"), passes=3, clip=(0.1, 0.28))
+    course = gazal_r1(
+        model, (), [lambda: group(model, 0)], lambda m: AdamW(m, lr=0.01, backend="eager"), passes=3, clip=(0.1, 0.28)
+    )
     assert len(course.rewards) == 1
     with pytest.raises(ValueError, match="has adapters already"):
         gazal_r1(model, (), (), lambda m: AdamW(m, lr=0.01), method=DoRA())

@@ -201,7 +201,8 @@ def test_bfloat16_weights_say_what_rounding_lost_and_masters_lose_nothing() -> N
     exact, lossy, kept = adapted(), adapted(torch.bfloat16), adapted(torch.bfloat16)
     exact.load_state_dict(lossy.state_dict())
     runs = [
-        PeriodicLoRA(model, SGD(model, lr=0.1), master=master) for model, master in ((exact, True), (lossy, False), (kept, True))
+        PeriodicLoRA(model, SGD(model, lr=0.1), master=master)
+        for model, master in ((exact, True), (lossy, False), (kept, True))
     ]
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):

@@ -46,7 +46,9 @@ class Course:
     family="adapt",
     kind="protocol",
     paper=Paper(
-        "Achieving State-of-the-Art Medical Reasoning with Parameter-Efficient Two-Stage Training", arxiv="2506.21594", year=2025
+        "Achieving State-of-the-Art Medical Reasoning with Parameter-Efficient Two-Stage Training",
+        arxiv="2506.21594",
+        year=2025,
     ),
     mutant=("rewards - rewards.mean()", "rewards"),
 )
