@@ -28,6 +28,8 @@ from .methods.lora import check as check
 from .methods.lora import start as start
 from .methods.lora_ggpo import LoRAGGPO as LoRAGGPO
 from .methods.lora_ggpo import Perturbed as Perturbed
+from .methods.lora_limits import Logits as Logits
+from .methods.lora_limits import lora_limits as lora_limits
 from .methods.periodic_lora import PeriodicLoRA as PeriodicLoRA
 from .registry import Pair as Pair
 from .registry import pairs as pairs
@@ -42,6 +44,7 @@ __all__ = [
     "KappaTune",
     "LoRA",
     "LoRAGGPO",
+    "Logits",
     "Pair",
     "PeriodicLoRA",
     "Perturbed",
@@ -61,6 +64,7 @@ __all__ = [
     "grpo_loss",
     "kappa_tune",
     "load",
+    "lora_limits",
     "pairs",
     "start",
     "unfold",

@@ -135,8 +135,8 @@ def sharpness(method: LoRA) -> float:
 
 
 def test_where_it_ends_is_flatter_than_where_lora_does() -> None:
-    plain, noisy = sharpness(LoRA(rank=4, alpha=16.0)), sharpness(LoRAGGPO(rank=4, alpha=16.0, sigma=0.5))
-    assert noisy < plain
+    plain, noisy = sharpness(LoRA(rank=4, alpha=4.0)), sharpness(LoRAGGPO(rank=4, alpha=4.0, sigma=0.2))
+    assert noisy < 0.7 * plain
 
 
 @pytest.mark.parametrize(

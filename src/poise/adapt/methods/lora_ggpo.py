@@ -108,6 +108,7 @@ class Perturbed(LowRank):
     ),
     tune={"sigma": log_uniform(3e-3, 0.3), "beta": log_uniform(1e-3, 1.0)},
     mutant=("up @ down_grad + up_grad @ down", "up @ down_grad"),
+    exempt={"ddp": "The noise of each process follows the gradients of its own part of the batch."},
 )
 @dataclass(frozen=True)
 class LoRAGGPO(LoRA):
