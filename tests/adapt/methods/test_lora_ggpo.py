@@ -129,7 +129,8 @@ def sharpness(method: LoRA) -> float:
         size = sum(float(t.square().sum()) for t in v) ** 0.5
         v = [t / size for t in v]
         grads = torch.autograd.grad(nn.functional.mse_loss(model(x), y), params, create_graph=True)
-        v = list(torch.autograd.grad(sum((g * t).sum() for g, t in zip(grads, v, strict=True)), params))  # pyright: ignore[reportArgumentType]
+        slope: Any = sum((g * t).sum() for g, t in zip(grads, v, strict=True))
+        v = list(torch.autograd.grad(slope, params))
         top = sum(float(t.square().sum()) for t in v) ** 0.5
     return top
 

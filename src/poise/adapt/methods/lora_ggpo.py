@@ -73,7 +73,7 @@ class Perturbed(LowRank):
             return super().beside(x, layer)
         if x.is_floating_point():
             x = self.dropout(x).to(self.lora_A.dtype)
-        down, up = _Watched.apply(self.lora_A, self.lora_B, self)  # pyright: ignore[reportGeneralTypeIssues]
+        down, up = _Watched.apply(self.lora_A, self.lora_B, self)
         return self.layout.up(self.layout.down(layer, x, down), up) * self.scale
 
     @torch.no_grad()
