@@ -98,7 +98,7 @@ def train(steps=200, rounds=150, answers=16, seed=0):
     first = gazal_r1(model, taught, (), lambda model: AdamW(model, lr=3e-3), seed=seed)
     found.append(accuracy(model))
     groups = (lambda: group_of(model, answers, generator) for _ in range(rounds))
-    second = gazal_r1(model, (), groups, lambda model: AdamW(model, lr=2e-3))
+    second = gazal_r1(model, (), groups, lambda model: AdamW(model, lr=3e-4))
     found.append(accuracy(fold(model)))
     return found, first.losses, second.rewards
 

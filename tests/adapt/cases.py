@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "goat": {"rank": 8, "experts": 4, "dropout": 0.0},
     "compacter": {"n": 2, "reduction": 4},
     "pair-customization": {"content_rank": 4, "style_rank": 4},
+    "kappatune": {"dropout": 0.0},
     "lora-sb": {"rank": 4, "batches": 2, "first_lr": 1e-3},
 }
 NAMES = [m.name for m in catalog.methods("adapt") if m.kind == "adapter"]
