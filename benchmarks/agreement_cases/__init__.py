@@ -18,6 +18,7 @@ from . import (
     muon_cases,
     official_cases,
     package_cases,
+    peft_cases,
     torch_cases,
     training_cases,
     window_cases,
@@ -41,6 +42,7 @@ CASES: tuple[Case, ...] = (
     *merge_cases.CASES,
     *adapt_cases.CASES,
     *compacter_cases.CASES,
+    *peft_cases.CASES,
     *low_rank_cases.CASES,
 )
 ABSENT: tuple[Absent, ...] = (*official_cases.ABSENT, *matrix_cases.ABSENT, *training_cases.ABSENT, *absent.ABSENT)

@@ -25,6 +25,7 @@ PACKAGES = {
     "pytorch_optimizer": "pytorch-optimizer",
     "heavyball": "heavyball",
     "optax": "optax",
+    "peft": "peft",
 }
 
 OPTIMIZER: Any = importlib.import_module("torch.optim.optimizer")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import NAMES, Mixed, gpt, loss_of, output, put, stirred, tokens
+from adapt.workers import SCENARIOS
 from torch import Tensor, nn
 
 from poise import catalog
@@ -243,6 +244,13 @@ def stepped(model: nn.Module, opt: torch.optim.Optimizer, steps: int = 1) -> Non
         opt.zero_grad()
         loss_of(model, tokens(model)).backward()
         opt.step()
+
+
+def test_every_exemption_names_a_behaviour_and_says_why() -> None:
+    for name in NAMES:
+        for behaviour, reason in catalog.get(name).exempt.items():
+            assert behaviour in {"starts as the base", "folds", "any layer", *SCENARIOS}, f"{name}: {behaviour!r}"
+            assert len(reason) > 20 and reason.endswith("."), f"{name}: {reason!r}"
 
 
 def places_of(name: str) -> Any:

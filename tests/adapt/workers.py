@@ -67,10 +67,10 @@ def ddp(name: str) -> dict[str, Any]:
 
 
 def fsdp(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Blocks and the rest sharded apart, as one does; then folded."""
+    """Blocks and the rest sharded apart, as one does, or all at once where blocks share parameters; then folded."""
     model, alone = made(name, dtype), made(name, dtype)
     mesh = init_device_mesh("cpu", (WORLD,))
-    for block in model.model.layers:
+    for block in model.model.layers if not shares(model) else ():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     stepped(model, AdamW(model, lr=0.01, backend="eager"), batch())
@@ -80,6 +80,12 @@ def fsdp(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     if foldable(alone):
         found["folded"] = whole(fold(model)), whole(fold(alone))
     return found
+
+
+def shares(model: Any) -> bool:
+    """Whether blocks share parameters, which FSDP2 takes within one group only."""
+    held = [{id(p) for p in block.parameters()} for block in model.model.layers]
+    return any(a & b for i, a in enumerate(held) for b in held[:i])
 
 
 def foldable(model: nn.Module) -> bool:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import Conv1D, Mixed, gpt, output, stirred
+from conformance.cases import mutated
 from torch import Tensor, nn
 
+from poise import catalog
 from poise.adapt import DoRA, LoRA, adapters, attach, detach, fold, pairs
 
 
@@ -40,6 +42,16 @@ def test_forward_is_the_decomposed_weight(rank_stabilized: bool) -> None:
     torch.testing.assert_close(model(x), x @ weight.T + plain.bias, rtol=1e-12, atol=1e-12)
     fold(model)
     torch.testing.assert_close(plain.weight, weight, rtol=1e-12, atol=1e-12)
+
+
+def test_what_it_folds_to_tells_it_from_its_mutant() -> None:
+    for method, same in ((DoRA(rank=4), True), (mutated(catalog.get("dora"))(rank=4), False)):
+        model = layer()
+        attach(model, method, "0")
+        stirred(model)
+        magnitude(model).data.mul_(3)
+        before = model(normal(5, 12))
+        assert torch.allclose(fold(model)(normal(5, 12)), before, rtol=1e-9) == same
 
 
 def test_it_starts_with_the_rows_lengths_and_as_the_base() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import gpt, loss_of, tokens
+from conformance.cases import mutated
 from torch import Tensor
 
+from poise import catalog
 from poise.adapt import DoRA, attach, attached, detach
 from poise.adapt.methods.gazal_r1 import Group, Reward, gazal_r1, grpo_loss
 from poise.optim import AdamW
@@ -70,6 +72,13 @@ def test_equal_rewards_teach_nothing() -> None:
     logp, old, mask = given(far=0.4)
     (found,) = torch.autograd.grad(grpo_loss(logp, old, mask, torch.full((4,), 3.0, dtype=torch.float64)), logp)
     assert not found.any()
+
+
+def test_equal_rewards_tell_it_from_its_mutant() -> None:
+    logp, old, mask = given(far=0.4)
+    wrong = mutated(catalog.get("gazal_r1")).__globals__["grpo_loss"]
+    (found,) = torch.autograd.grad(wrong(logp, old, mask, torch.full((4,), 3.0, dtype=torch.float64)), logp)
+    assert found.any()
 
 
 @pytest.mark.parametrize(

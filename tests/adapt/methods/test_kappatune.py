@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import Conv1D, gpt
+from conformance.cases import mutated
 from torch import Tensor, nn
 
+from poise import catalog
 from poise.adapt import KappaTune, attach
 from poise.adapt.methods.kappatune import condition, conditions, kappa_tune
 from poise.optim import AdamW
@@ -91,6 +93,11 @@ def test_adapters_stand_beside_the_least_conditioned_layers() -> None:
     assert all("up_proj" not in path for path in attach(gpt(), KappaTune(max_dim=32)).layers)
     method = KappaTune()
     assert (method.rank, method.scale, method.dropout, method.layers) == (16, 2.0, 0.05, 50)
+
+
+def test_the_layers_tell_it_from_its_mutant() -> None:
+    right, wrong = (attach(gpt(), kind(layers=4, dropout=0.0)) for kind in (KappaTune, mutated(catalog.get("kappatune"))))
+    assert not set(right.layers) & set(wrong.layers)
 
 
 class Two(nn.Module):

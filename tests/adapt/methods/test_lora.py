@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import Conv1D, Mixed, gpt, losses, output, stirred, tokens
+from conformance.cases import mutated
 from torch import Tensor, nn
 
-from poise import adapt
+from poise import adapt, catalog
 from poise.adapt import LoRA, adapters, attach, detach, fold, pairs
 
 
@@ -67,6 +68,12 @@ def test_rank_and_alpha_times_the_same_keep_the_scale(k: int) -> None:
     assert LoRA(rank=4, alpha=6.0).scale == LoRA(rank=4 * k, alpha=6.0 * k).scale == 1.5
     assert LoRA(rank=4, alpha=6.0, rank_stabilized=True).scale == 3.0
     assert LoRA(rank=16, alpha=None).scale == 1.0
+
+
+def test_the_scale_tells_it_from_its_mutant() -> None:
+    settings: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rank_stabilized": True}
+    assert LoRA(**settings).scale == 4.0
+    assert mutated(catalog.get("lora"))(**settings).scale != 4.0
 
 
 def test_the_defaults_are_the_papers_code() -> None:

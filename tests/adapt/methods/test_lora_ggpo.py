@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import gpt, loss_of, stirred, tokens
+from conformance.cases import mutated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from poise import catalog
 from poise.adapt import LoRA, LoRAGGPO, attach
 
 STEPS = 4
@@ -64,6 +66,19 @@ def test_the_implied_gradient_and_the_spread_are_their_formulas(form: Any) -> No
         lengths = (plain.weight.norm(dim=1).mean() ** 2 + change.square().sum(1)).sqrt()
         wanted = 7**-0.5 * (0.05 * lengths + 0.7 * gamma**2)
     torch.testing.assert_close(adapter.spread(plain), wanted.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_implied_gradient_tells_it_from_its_mutant() -> None:
+    for kind, same in ((LoRAGGPO, True), (mutated(catalog.get("lora_ggpo")), False)):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(12, 7, dtype=torch.float64))
+        attach(model, kind(rank=3, alpha=4.5), "0", seed=0)
+        stirred(model)
+        model.train()(inputs()).square().sum().backward()
+        adapter = model[0].adapter
+        a, b = adapter.lora_A, adapter.lora_B
+        gamma = (1.5 * (b @ a.grad + b.grad @ a)).norm(dim=1)
+        assert torch.allclose(adapter.gamma, gamma.detach(), rtol=1e-9) == same
 
 
 def noise_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import stirred
+from conformance.cases import mutated
 from torch import nn
 
+from poise import catalog
 from poise.adapt import LoRA, attach, pairs
 from poise.adapt.methods.lora_limits import lora_limits
 
@@ -43,6 +45,16 @@ def test_it_is_a_computation_by_hand(bias: bool) -> None:
                     quadratic = max(quadratic, abs(float((qi - oi) @ (kj - oj))) / 3**0.5)
     assert (found.total, found.frozen, found.linear, found.quadratic) == pytest.approx((whole, frozen, linear, quadratic))
     assert found.bound == math.sqrt(math.log(5))
+
+
+def test_the_linear_part_tells_it_from_its_mutant() -> None:
+    model = attention()
+    attach(model, LoRA(rank=2), nn.Linear)
+    stirred(model)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    right, wrong = (kind(x, model["q"], model["k"], 2, 1) for kind in (lora_limits, mutated(catalog.get("lora_limits"))))
+    assert right.frozen == wrong.frozen
+    assert right.linear != pytest.approx(wrong.linear, rel=1e-3)
 
 
 def test_parts_grow_with_the_adapters_as_their_degree_says_and_dominance_is_warned_of() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from adapt.cases import Mixed, gpt, loss_of, output, stirred, tokens
+from conformance.cases import mutated
 from torch import Tensor, nn
 
+from poise import catalog
 from poise.adapt import LoRA, PeriodicLoRA, attach, detach, export, fold, pairs
 from poise.optim import SGD, AdamW
 
@@ -53,6 +55,15 @@ def test_outputs_are_the_same_before_and_after_a_stage_ends(momentum: float, mak
     before = output(double)
     stages.unload()
     torch.testing.assert_close(output(double), before, rtol=1e-11, atol=1e-11)
+
+
+def test_outputs_tell_it_from_its_mutant() -> None:
+    model = adapted()
+    stages = mutated(catalog.get("periodic_lora"))(model, SGD(model, lr=0.1), momentum=0.3)
+    stirred(model)
+    before = output(model)
+    stages.unload()
+    assert not torch.allclose(output(model), before, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.25])

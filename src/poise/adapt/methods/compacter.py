@@ -90,6 +90,7 @@ class Bottleneck(Adapter):
         "starts as the base": "A is drawn small and not zero, from where nothing but a bias would ever train; the model "
         "starts as the base up to a relative 1e-3.",
         "folds": "The adapter is a network with a nonlinearity after the layer, so no weight does the same.",
+        "fsdp bfloat16": "Its norms train in the dtype they have, and FSDP2 takes trained parameters of one dtype only.",
     },
 )
 @dataclass(frozen=True)

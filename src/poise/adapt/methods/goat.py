@@ -110,6 +110,7 @@ class Experts(Adapter):
         "starts as the base": "Its output is the base's on the mean over all choices of experts; each single choice is off "
         "by a part of the weight that is rho times smaller than its singular values.",
         "folds": "Which experts act depends on the input, so no single weight does the same, unless there is one expert.",
+        "ddp": "Each process balances the experts over its own part of the batch, as is done where mixtures are trained.",
     },
 )
 @dataclass(frozen=True)
