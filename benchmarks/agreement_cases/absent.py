@@ -36,14 +36,14 @@ ABSENT = (
         "tanganke/subspace_fusion 67f8450",
         "by hand, its mask and its merge with the same draws in float32: 1.2e-7 and 9.5e-7",
     ),
-    *(Absent(name, "none", NONE) for name in ("diffora", "gazal_r1", "lora_limits", "periodic_lora", "queryable-lora")),
+    *(Absent(name, "none", NONE) for name in ("diffora", "gazal-r1", "lora-limits", "periodic-lora", "queryable-lora")),
     Absent(
         "kappatune",
         "oswaldoludwig/kappaTune 3ce5a7e",
         "by hand, condition numbers of every matrix of a small GPT: 7.3e-7, and the same layers chosen",
     ),
     Absent(
-        "lora_ggpo",
+        "lora-ggpo",
         "kohya-ss/sd-scripts",
         "the authors' code could not be had; the form of this port is held to its formula, without the port's missing scale",
     ),

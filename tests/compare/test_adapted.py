@@ -52,7 +52,7 @@ def test_a_run_says_how_many_parameters_it_trained() -> None:
 
 def test_passes_that_look_at_gradients_first_count() -> None:
     for method in catalog.methods("adapt"):
-        if method.kind == "adapter" and method.target.needs_losses:  # pyright: ignore[reportFunctionMemberAccess]
+        if method.kind == "adapter" and method.target.reads_losses:  # pyright: ignore[reportFunctionMemberAccess]
             entry = entry_of(method, {"targets": "0"})
             loop = Loop(Deep(), lambda model, entry=entry: entry.build(model, Deep(), lr=0.01), seed=0, passes=400)
             assert 0 < loop.prepared == loop.done, method.name

@@ -26,12 +26,14 @@ class Adaptation:
 
     Attributes:
         targets: the layers that are adapted where the user names none.
-        needs_losses: whether `attach` must be given losses of batches: gradients at the start decide something.
+        reads_losses: whether losses of batches decide something at the start.
+        needs_losses: whether `attach` must be given them.
         peft: whether what it puts beside a layer is a LoRA or DoRA that peft knows. "as LoRA": it does what a LoRA does and
             trains in another way, so that it is written as one only where that is asked for.
     """
 
     targets: ClassVar[Targets | None] = None
+    reads_losses: ClassVar[bool] = False
     needs_losses: ClassVar[bool] = False
     peft: ClassVar[bool | Literal["as LoRA"]] = False
 

@@ -23,7 +23,7 @@ class Adapted:
 
     def __init__(self, adapter: Method, base: Method) -> None:
         self.adapter, self.base = adapter, base
-        self.needs_losses: bool = adapter.target.needs_losses  # pyright: ignore[reportFunctionMemberAccess]
+        self.reads_losses: bool = adapter.target.reads_losses  # pyright: ignore[reportFunctionMemberAccess]
         self.__wrapped__ = adapter.target  # whose source finished runs are of
         self.__name__, self.__qualname__ = adapter.name, f"{adapter.name}({AROUND}={base.name})"
         inside = dict(inspect.signature(base.target).parameters)

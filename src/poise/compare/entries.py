@@ -37,7 +37,7 @@ class Entry:
 
     def build(self, model: nn.Module, task: Task | None = None, **hyper: Any) -> Optimizer:
         """The optimizer of `model`; what looks at gradients of the task first does so on its training data."""
-        if getattr(self.method.target, "needs_losses", False):
+        if getattr(self.method.target, "reads_losses", False):
             hyper["losses"] = () if task is None else losses(task, model)
         return self.method.build(model, **self.fixed, **hyper)
 

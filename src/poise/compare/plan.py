@@ -78,6 +78,6 @@ def check(entries: Mapping[str, Entry], task: Task | None = None) -> None:
         if task is not None and entry.fixed:
             with torch.random.fork_rng(devices=[]):
                 try:
-                    entry.build(task.model())
+                    entry.build(task.model(), task)
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"methods: {name!r} cannot be built with {dict(entry.fixed)}: {error}") from error

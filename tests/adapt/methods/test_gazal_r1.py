@@ -76,7 +76,7 @@ def test_equal_rewards_teach_nothing() -> None:
 
 def test_equal_rewards_tell_it_from_its_mutant() -> None:
     logp, old, mask = given(far=0.4)
-    wrong = mutated(catalog.get("gazal_r1")).__globals__["grpo_loss"]
+    wrong = mutated(catalog.get("gazal-r1")).__globals__["grpo_loss"]
     (found,) = torch.autograd.grad(wrong(logp, old, mask, torch.full((4,), 3.0, dtype=torch.float64)), logp)
     assert found.any()
 

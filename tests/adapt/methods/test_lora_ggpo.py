@@ -69,7 +69,7 @@ def test_the_implied_gradient_and_the_spread_are_their_formulas(form: Any) -> No
 
 
 def test_the_implied_gradient_tells_it_from_its_mutant() -> None:
-    for kind, same in ((LoRAGGPO, True), (mutated(catalog.get("lora_ggpo")), False)):
+    for kind, same in ((LoRAGGPO, True), (mutated(catalog.get("lora-ggpo")), False)):
         torch.manual_seed(0)
         model: Any = nn.Sequential(nn.Linear(12, 7, dtype=torch.float64))
         attach(model, kind(rank=3, alpha=4.5), "0", seed=0)

@@ -52,7 +52,7 @@ def test_the_linear_part_tells_it_from_its_mutant() -> None:
     attach(model, LoRA(rank=2), nn.Linear)
     stirred(model)
     x = torch.randn(5, 8, dtype=torch.float64)
-    right, wrong = (kind(x, model["q"], model["k"], 2, 1) for kind in (lora_limits, mutated(catalog.get("lora_limits"))))
+    right, wrong = (kind(x, model["q"], model["k"], 2, 1) for kind in (lora_limits, mutated(catalog.get("lora-limits"))))
     assert right.frozen == wrong.frozen
     assert right.linear != pytest.approx(wrong.linear, rel=1e-3)
 

@@ -59,7 +59,7 @@ def test_outputs_are_the_same_before_and_after_a_stage_ends(momentum: float, mak
 
 def test_outputs_tell_it_from_its_mutant() -> None:
     model = adapted()
-    stages = mutated(catalog.get("periodic_lora"))(model, SGD(model, lr=0.1), momentum=0.3)
+    stages = mutated(catalog.get("periodic-lora"))(model, SGD(model, lr=0.1), momentum=0.3)
     stirred(model)
     before = output(model)
     stages.unload()

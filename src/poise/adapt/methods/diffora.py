@@ -69,6 +69,7 @@ class DiffoRA(LoRA):
     """
 
     peft: ClassVar[bool] = True
+    reads_losses: ClassVar[bool] = True  # where no layers are named
 
     keep: float = 0.5
     within: Literal["block", "model"] = "block"

@@ -42,7 +42,7 @@ class Course:
 
 
 @method(
-    "gazal_r1",
+    "gazal-r1",
     family="adapt",
     kind="protocol",
     paper=Paper(

@@ -98,7 +98,7 @@ class Perturbed(LowRank):
 
 
 @method(
-    "lora_ggpo",
+    "lora-ggpo",
     family="adapt",
     kind="adapter",
     paper=Paper(

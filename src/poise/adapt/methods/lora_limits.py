@@ -40,7 +40,7 @@ class Logits:
 
 
 @method(
-    "lora_limits",
+    "lora-limits",
     family="adapt",
     kind="diagnostic",
     paper=Paper("Computational Limits of Low-Rank Adaptation for Transformer-Based Models", arxiv="2406.03136", year=2024),

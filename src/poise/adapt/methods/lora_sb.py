@@ -109,6 +109,7 @@ class LoRASB(Adaptation):
     counts for more; here the losses are taken as they are given.
     """
 
+    reads_losses: ClassVar[bool] = True
     needs_losses: ClassVar[bool] = True
     peft: ClassVar[bool | Literal["as LoRA"]] = "as LoRA"
 

@@ -25,7 +25,7 @@ KEY = "periodic_lora"  # of what it keeps, in the optimizer's state_dict
 
 
 @method(
-    "periodic_lora",
+    "periodic-lora",
     family="adapt",
     kind="trainer",
     paper=Paper("Breaking the Low-Rank Bottleneck in LoRA Optimization", arxiv="2402.16141", year=2024),

@@ -86,7 +86,7 @@ def _count(task: Task, entry: Entry, held: str, seed: int) -> Needs:
         model = task.model()
     model.to(held).train()
     batch = move(next(task.batches("train", seed)), held)
-    optimizer = entry.build(model)
+    optimizer = entry.build(model, task)
     parts = parts_of(model)
     owner = {id(p): part for part, module in parts.items() for p in (*module.parameters(), *module.buffers())}
     found = {name: dict.fromkeys(Part.__dataclass_fields__, 0) for name in (*parts, REST, OUTSIDE)}
