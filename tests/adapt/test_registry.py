@@ -10,7 +10,7 @@ from adapt.cases import Mixed, gpt, stirred
 from torch import nn
 
 from poise.adapt import LoRA, adapters, attach, pairs
-from poise.adapt.attaching import folded_weight
+from poise.adapt.folding import folded_weight
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -17,8 +17,9 @@ from typing import Any
 from poise.catalog import ROOMS, resolve
 
 from .adaptation import Adaptation
-from .attaching import Attached, adapters, attach, attached, detach, disabled, fold, unfold
+from .attaching import Attached, adapters, attach, attached, detach, disabled
 from .exporting import export
+from .folding import fold, unfold
 from .loading import load
 from .parts import acting
 from .registry import Pair, pairs

@@ -1,4 +1,4 @@
-"""Adapters put beside layers, switched off and on, folded into weights and taken out again, removed."""
+"""Adapters put beside layers, switched off and on, and removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from poise import catalog
-from poise.linalg.lengths import wide
 from poise.modules import become
 
 from .adaptation import Adaptation, Draw, Losses
@@ -144,7 +143,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     Raises:
         ValueError: the model is not adapted.
     """
-    kept = _known(model)
+    kept = kept_by(model)
     return {path: _layer(model, path).adapter for path in kept.layers}
 
 
@@ -154,7 +153,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Not for a folded model, whose weights are changed.
     """
-    kept = _known(model)
+    kept = kept_by(model)
     if kept.folded:
         raise ValueError("model is folded, so that its weights are not the base's; unfold(model) first")
     found = [adapter for adapter in adapters(model).values() if adapter.active]
@@ -169,62 +168,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
             adapter.active = True
 
 
-@torch.no_grad()
-def fold(model: nn.Module) -> nn.Module:
-    """Put what adapters do into the weights, in place; returns `model`. `unfold` restores them bit for bit.
-
-        W <- the weight with which the plain layer does what the adapted one did, in float32 and rounded once
-
-    Outputs are the same to rounding, with dropout off. The weights as they were are kept until `detach`.
-
-    Raises:
-        ValueError: the model is not adapted, or folded already; a method whose effect depends on the input.
-    """
-    kept = _known(model)
-    if kept.folded:
-        raise ValueError("model is folded already")
-    found = adapters(model)
-    if unfit := next((path for path, one in found.items() if not one.foldable), None):
-        raise ValueError(
-            f"{type(kept.method).__name__}: what it does at {unfit!r} depends on the input, so no weight does the same; "
-            "keep the adapters, and export(model, folder) them"
-        )
-    changed = {path: folded_weight(_layer(model, path)) for path in found}
-    for path, weight in changed.items():
-        layer = _layer(model, path)
-        kept.folded[path] = layer.weight.detach().clone()
-        layer.weight.data.copy_(weight)
-        layer.adapter.active = False
-    return model
-
-
-@torch.no_grad()
-def folded_weight(layer: Any) -> Tensor:
-    """The weight that the plain layer would need, as it stores it and in its dtype."""
-    rows, weight = layer.adapter.layout.rows, layer.weight.detach()
-    return rows.stored(layer.adapter.folded(rows.view(wide(weight))), weight.shape).to(weight.dtype)
-
-
-@torch.no_grad()
-def unfold(model: nn.Module) -> nn.Module:
-    """Take folded adapters out of the weights, bit for bit, in place; returns `model`."""
-    kept = _known(model)
-    if not kept.folded:
-        raise ValueError("model is not folded")
-    for path, weight in kept.folded.items():
-        layer = _layer(model, path)
-        layer.weight.data.copy_(weight)
-        layer.adapter.active = True
-    kept.folded.clear()
-    return model
-
-
 def detach(model: nn.Module) -> nn.Module:
     """Remove the adapters, in place; returns `model`. It is the base again, or, if it was folded, what it was folded to.
 
     What trained before `attach` trains again. An optimizer of the adapters does not know of it.
     """
-    kept = _known(model)
+    kept = kept_by(model)
     for layer in [layer for layer in model.modules() if isinstance(layer, Adapted)]:
         held: Any = layer
         become(held, type(held).__mro__[2])
@@ -297,7 +246,7 @@ def _matching(names: dict[str, bool], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if name in found]
 
 
-def _known(model: nn.Module) -> Attached:
+def kept_by(model: nn.Module) -> Attached:
     kept = attached(model)
     if kept is None:
         raise ValueError("model is not adapted; attach(model, method) first")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from poise.catalog import Paper, method
 from poise.linalg.lengths import wide
 
-from ..attaching import folded_weight
+from ..folding import folded_weight
 
 
 @dataclass(frozen=True)
