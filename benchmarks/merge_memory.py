@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,7 +166,7 @@ def one(path: Path, folder: Path, mergekit: Path | None) -> dict[str, Any]:
 
         config = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
         options = MergeOptions(lazy_unpickle=True, quiet=True, write_model_card=False)
-        run = lambda: run_merge(config, str(out), options)  # noqa: E731
+        run = partial(run_merge, config, str(out), options)
     else:
         from poise.merge.merger import Merger
         from poise.merge.merging import run as merge
@@ -174,7 +175,7 @@ def one(path: Path, folder: Path, mergekit: Path | None) -> dict[str, Any]:
 
         merger = Merger(read(path))
         said = needs(merger).memory
-        run = lambda: merge(merger, out)  # noqa: E731
+        run = partial(merge, merger, out)
     watch = Watch()
     watch.start()
     began = time.perf_counter()

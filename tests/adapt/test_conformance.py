@@ -180,6 +180,21 @@ def test_bfloat16_weights_are_adapted_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_it_trains_under_autocast(name: str) -> None:
+    model = gpt()
+    put(name, model)
+    stirred(model)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, tokens(model))
+    loss.backward()
+    plain = loss_of(model, tokens(model)).detach()
+    assert abs(float(loss.detach() - plain)) < 0.05 * float(plain)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_float64_weights_are_adapted_in_float64(name: str) -> None:
     model = gpt().double()
     put(name, model)

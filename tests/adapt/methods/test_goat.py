@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapt.cases import Mixed, gpt, loss_of, put, tokens
-from adapt.cases import stirred as stirred_model
+from adapt.cases import gpt, loss_of, tokens
 from conformance.cases import mutated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -192,19 +191,6 @@ def test_layers_narrower_than_the_rank_are_left_alone() -> None:
     assert attach(model, GOAT(rank=8), targets=nn.Linear).layers == ("0",)
     with pytest.raises(ValueError, match="adapts none of those layers"):
         attach(nn.Sequential(nn.Linear(16, 16)), GOAT(rank=32), targets=nn.Linear)
-
-
-@pytest.mark.parametrize("make", [gpt, Mixed])
-def test_it_trains_under_autocast(make: Any) -> None:
-    model = make()
-    put("goat", model, None if make is gpt else ["words", "re:blocks.0.[02]", "mix", "twice"])
-    stirred_model(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(model, tokens(model))
-    loss.backward()
-    plain = loss_of(model, tokens(model))
-    assert abs(float(loss.detach() - plain.detach())) < 0.05 * float(plain.detach())
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def test_bad_settings_are_refused() -> None:

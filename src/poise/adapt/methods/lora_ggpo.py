@@ -158,6 +158,3 @@ class LoRAGGPO(LoRA):
             rows = rows[torch.randperm(len(rows), generator=draw.generator)[:SAMPLE].to(rows.device)]
         origin = wide(rows).norm(dim=1).mean().to(draw.dtype)
         return Perturbed(place.layout, down, up, self, origin, draw.generator.initial_seed())
-
-
-__all__ = ["LoRAGGPO", "Perturbed"]
