@@ -21,6 +21,7 @@ from worker import state_bytes
 
 from poise import catalog, optim
 from poise.compare import needs
+from poise.compare.results import write_whole
 
 TASKS = Path(__file__).with_name("memory_tasks")
 
@@ -70,12 +71,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write that JSON object to FILE")
     args = parser.parse_args(argv)
-    found: dict[str, Any] = {"state": [kept(row) for row in KEPT], "peaks": []}
+    found: dict[str, Any] = {"state": [], "peaks": []}
+
+    def add(part: str, row: dict[str, Any]) -> None:
+        """Each row is kept and told as soon as it is measured: the whole takes minutes."""
+        found[part].append(row)
+        if args.out is not None:
+            write_whole(args.out, json.dumps(found, indent=1) + "\n")
+        if not args.json:
+            print(state_line(row) if part == "state" else peak_line(row), flush=True)
+
+    if not args.json:
+        print(STATE_HEAD, flush=True)
+    for row in KEPT:
+        add("state", kept(row))
     if not args.state_only:
-        found["peaks"] = [peak(name) for name in PEAKS]
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1) if args.json else text(found))
+        if not args.json:
+            print("\n" + PEAK_HEAD, flush=True)
+        for name in PEAKS:
+            add("peaks", peak(name))
+    if args.json:
+        print(json.dumps(found, indent=1))
     missed = [row["name"] for row in found["state"] if row["most"] is not None and row["bytes_per_param"] > row["most"]]
     return 1 if missed else 0
 
@@ -103,23 +119,19 @@ def peak(name: str) -> dict[str, Any]:
     return {"name": name, **parts, "peak": measured.peak, "between": measured.between, "failed": measured.failed}
 
 
-def text(found: dict[str, Any]) -> str:
-    """Two tables."""
-    lines = [f"{'state, bytes a parameter':32} {'measured':>9} {'at most':>8}  claim"]
-    for row in found["state"]:
-        most = "" if row["most"] is None else f"{row['most']:.2f}"
-        lines.append(f"{row['name']:32} {row['bytes_per_param']:9.3f} {most:>8}  {row['claim']}")
-    if found["peaks"]:
-        columns = ("weights", "gradients", "state", "activations", "peak", "between")
-        lines += ["", f"{'a training step, MB':32} " + " ".join(f"{column:>11}" for column in columns)]
-        for row in found["peaks"]:
-            cells = ["-" if row[column] is None else f"{row[column] / 1e6:.1f}" for column in columns]
-            lines.append(
-                f"{row['name']:32} "
-                + " ".join(f"{cell:>11}" for cell in cells)
-                + (f"  {row['failed']}" if row["failed"] else "")
-            )
-    return "\n".join(lines)
+COLUMNS = ("weights", "gradients", "state", "activations", "peak", "between")
+STATE_HEAD = f"{'state, bytes a parameter':32} {'measured':>9} {'at most':>8}  claim"
+PEAK_HEAD = f"{'a training step, MB':32} " + " ".join(f"{column:>11}" for column in COLUMNS)
+
+
+def state_line(row: dict[str, Any]) -> str:
+    most = "" if row["most"] is None else f"{row['most']:.2f}"
+    return f"{row['name']:32} {row['bytes_per_param']:9.3f} {most:>8}  {row['claim']}"
+
+
+def peak_line(row: dict[str, Any]) -> str:
+    cells = ["-" if row[column] is None else f"{row[column] / 1e6:.1f}" for column in COLUMNS]
+    return f"{row['name']:32} " + " ".join(f"{cell:>11}" for cell in cells) + (f"  {row['failed']}" if row["failed"] else "")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def train(
         "loss": {"tune": outcome.tune_loss, "report": outcome.loss},
         "resumed_from": outcome.resumed_from,
         "model": str(folder / "model") if not outcome.diverged and (folder / "model").exists() else None,
-        "adapter": str(folder / "adapter") if not outcome.diverged and adapt is not None else None,
+        "adapter": str(folder / "adapter") if not outcome.diverged and (folder / "adapter").exists() else None,
     }
     if as_json:
         typer.echo(json.dumps(found, indent=1))

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from poise.catalog import Method
 
 from .driven import AROUND
+from .signatures import together
 
 HERE = ("targets", "also", "seed")  # settings of `attach` itself
 Losses = Iterable[Callable[[], Tensor]]
@@ -29,14 +30,8 @@ class Adapted:
         inside = dict(inspect.signature(base.target).parameters)
         mine = dict(inspect.signature(adapter.target).parameters)
         self.own = [*mine, *HERE]
-        both = sorted(set(self.own) & (set(inside) | {AROUND}))
-        if both:
-            raise ValueError(f"{self.__qualname__}: both have a setting {both[0]!r}, so it would not be known whose is meant")
-        known = inspect.Parameter
-        here = [known(name, known.KEYWORD_ONLY, default=None) for name in HERE]
-        together = [*inside.values(), *mine.values(), *here]
-        keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in together if p.kind is not p.VAR_KEYWORD]
-        self.__signature__ = inspect.Signature(keyword)
+        here = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in HERE}
+        self.__signature__ = together(self.__qualname__, inside, {**mine, **here}, reserved=(AROUND,))
 
     def __call__(self, model: nn.Module, losses: Losses | None = None, **hyper: Any) -> Optimizer:
         from poise.adapt import attach

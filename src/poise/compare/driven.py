@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from poise.catalog import Method
 
+from .signatures import together
+
 AROUND = "around"  # the setting that names the inner optimizer
 MODEL = ("model", "layers")  # parameters of drivers that are given the model
 
@@ -26,12 +28,8 @@ class Driven:
         mine = dict(list(inspect.signature(driver.target).parameters.items())[1:])
         self.own = [name for name in mine if name not in MODEL]
         self.models = [name for name in MODEL if name in mine]
-        both = sorted(set(self.own) & (set(inside) | {AROUND}))
-        if both:
-            raise ValueError(f"{self.__qualname__}: both have a setting {both[0]!r}, so it would not be known whose is meant")
-        together = [*inside.values(), *(mine[name] for name in self.own)]
-        keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in together if p.kind is not p.VAR_KEYWORD]
-        self.__signature__ = inspect.Signature(keyword)
+        own = {name: mine[name] for name in self.own}
+        self.__signature__ = together(self.__qualname__, inside, own, reserved=(AROUND,))
 
     def __call__(self, model: nn.Module, **hyper: Any) -> Optimizer:
         hyper.pop(AROUND, None)

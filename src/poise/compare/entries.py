@@ -17,6 +17,7 @@ from poise.catalog import Method, Space
 from poise.compare.adapted import adapted
 from poise.compare.driven import AROUND, driven
 from poise.compare.loop import move
+from poise.compare.staged import ADAPTER, staged
 from poise.compare.tasks import Task
 
 NAME = re.compile(r"[\w.-]+")
@@ -55,11 +56,17 @@ def as_entry(entry: Entry | Method) -> Entry:
 
 
 def entry_of(method: Method, fixed: Mapping[str, Any]) -> Entry:
-    """The entry of a method with what the user fixed. A driver or an adapter stands around AdamW, or what `around` names.
+    """The entry of a method with what the user fixed. A driver or an adapter stands around AdamW, or what `around` names;
+    a trainer of adapters around LoRA, or what `adapter` names, and that around AdamW.
 
     Raises:
         ValueError: if it cannot stand around that.
     """
+    if method.kind == "trainer":
+        adapter = catalog.get(fixed.get(ADAPTER, "lora"))
+        if adapter.kind != "adapter":
+            raise ValueError(f"{method.name}({ADAPTER}={adapter.name}): {adapter.name} is no adapter")
+        return Entry(staged(method, entry_of(adapter, fixed).method), fixed)
     if method.kind not in AROUND_ONE:
         _check_adapted(method)
         return Entry(method, fixed)
@@ -106,8 +113,8 @@ def of_family(family: str) -> str:
     Raises:
         ValueError: if there is none.
     """
-    kinds = {"optim": "optimizer", "training": "driver", "adapt": "adapter"}
-    names = [m.name for m in catalog.methods(family) if m.kind == kinds.get(family)]
+    kinds = {"optim": ("optimizer",), "training": ("driver",), "adapt": ("adapter", "trainer")}
+    names = [m.name for m in catalog.methods(family) if m.kind in kinds.get(family, ())]
     if not names:
         raise ValueError(f"--family {family!r}: none of its methods trains a model; {', '.join(kinds)} have such methods")
     return ",".join(dict.fromkeys(["adamw", *names]))

@@ -174,11 +174,16 @@ def restore(run: Fit, loop: Loop) -> int:
 
 
 def export_all(model: nn.Module, folder: Path) -> None:
-    """Write the weights; of an adapted model the adapters, and the weights with them folded in where that can be."""
-    if adapt.attached(model) is None:
+    """Write the weights; of an adapted model the adapters, if the base is what it was, and the weights with them folded in
+    where that can be."""
+    kept = adapt.attached(model)
+    if kept is None:
         export(model, folder / "model")
         return
-    adapt.export(model, folder / "adapter")
+    if kept.rewritten:  # adapters would stand beside a base that nobody has
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+    else:
+        adapt.export(model, folder / "adapter")
     if all(one.foldable for one in adapt.adapters(model).values()):
         export(adapt.detach(adapt.fold(copy.deepcopy(model))), folder / "model")
 

@@ -41,7 +41,7 @@ def stepped(model: nn.Module, opt: Any, steps: int) -> None:
 def test_outputs_are_the_same_before_and_after_a_stage_ends(momentum: float, make: Any) -> None:
     model = make()
     attach(model, LoRA(rank=2), None if make is gpt else ["all", "embedding"])
-    stages = PeriodicLoRA(model, SGD(model, lr=0.1), momentum=momentum)
+    stages = PeriodicLoRA(model, SGD(model, lr=0.1), stage_momentum=momentum)
     stirred(model)
     before = output(model)
     weights = {pair.name: pair.layer.weight.detach().clone() for pair in pairs(model)}
@@ -50,7 +50,7 @@ def test_outputs_are_the_same_before_and_after_a_stage_ends(momentum: float, mak
     assert all(not torch.equal(pair.layer.weight, weights[pair.name]) for pair in pairs(model))
     double = make().double()
     attach(double, LoRA(rank=2), None if make is gpt else ["all", "embedding"])
-    stages = PeriodicLoRA(double, SGD(double, lr=0.1), momentum=momentum)
+    stages = PeriodicLoRA(double, SGD(double, lr=0.1), stage_momentum=momentum)
     stirred(double)
     before = output(double)
     stages.unload()
@@ -59,7 +59,7 @@ def test_outputs_are_the_same_before_and_after_a_stage_ends(momentum: float, mak
 
 def test_outputs_tell_it_from_its_mutant() -> None:
     model = adapted()
-    stages = mutated(catalog.get("periodic-lora"))(model, SGD(model, lr=0.1), momentum=0.3)
+    stages = mutated(catalog.get("periodic-lora"))(model, SGD(model, lr=0.1), stage_momentum=0.3)
     stirred(model)
     before = output(model)
     stages.unload()
@@ -69,7 +69,7 @@ def test_outputs_tell_it_from_its_mutant() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.25])
 def test_a_share_goes_into_the_weight_and_the_rest_stays(momentum: float) -> None:
     model = adapted(torch.float64)
-    stages = PeriodicLoRA(model, SGD(model, lr=0.1), momentum=momentum)
+    stages = PeriodicLoRA(model, SGD(model, lr=0.1), stage_momentum=momentum)
     stirred(model)
     before = [(pair.layer.weight.detach().clone(), pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs(model)]
     stages.unload()
@@ -191,7 +191,7 @@ def test_a_run_that_was_saved_in_a_stage_goes_on_bit_for_bit(kind: Any, momentum
     def begun() -> tuple[nn.Module, Any, PeriodicLoRA]:
         model = adapted()
         opt = kind(model)
-        return model, opt, PeriodicLoRA(model, opt, every=3, momentum=momentum)
+        return model, opt, PeriodicLoRA(model, opt, every=3, stage_momentum=momentum)
 
     model, opt, stages = begun()
     stepped(model, opt, 5)
@@ -281,8 +281,8 @@ def test_a_tied_weight_is_unloaded_once() -> None:
     ("change", "message"),
     [
         ({"every": 0}, "every=0: must be at least 1"),
-        ({"momentum": 1.0}, r"momentum=1\.0"),
-        ({"momentum": -0.1}, r"momentum=-0\.1"),
+        ({"stage_momentum": 1.0}, r"stage_momentum=1\.0"),
+        ({"stage_momentum": -0.1}, r"stage_momentum=-0\.1"),
     ],
 )
 def test_settings_out_of_range_are_named(change: dict[str, Any], message: str) -> None:

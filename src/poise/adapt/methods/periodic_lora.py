@@ -16,7 +16,7 @@ from poise.optim import Optimizer
 
 from ..adaptation import Draw
 from ..adapter import LowRank
-from ..attaching import adapters, attached
+from ..attaching import Attached, adapters, attached
 from ..registry import Pair, pairs
 from ..targets import Place
 from .lora import start
@@ -29,8 +29,8 @@ KEY = "periodic_lora"  # of what it keeps, in the optimizer's state_dict
     family="adapt",
     kind="trainer",
     paper=Paper("Breaking the Low-Rank Bottleneck in LoRA Optimization", arxiv="2402.16141", year=2024),
-    tune={"every": choice(50, 100, 200, 400), "momentum": uniform(0.0, 0.9)},
-    mutant=("(1 - self.momentum) * scale", "scale"),
+    tune={"every": choice(50, 100, 200, 400), "stage_momentum": uniform(0.0, 0.9)},
+    mutant=("(1 - self.stage_momentum) * scale", "scale"),
 )
 class PeriodicLoRA:
     """Training of LoRA in stages, whose products add up to a change of higher rank in the memory of one.
@@ -57,7 +57,7 @@ class PeriodicLoRA:
         model: adapted by LoRA, or by a method that adds a product as it does.
         opt: that trains it, or a driver around it; of poise or of torch.
         every: N, steps of a stage; 200. The paper's are not known.
-        momentum: m, from 0 up to below 1.
+        stage_momentum: m, from 0 up to below 1.
         schedule: the factor of all learning rates at step t = 0, 1, ... of a stage, for warm-up and decay. None: they are left
             alone; an ordinary scheduler then needs the period of a stage.
         master: keep W in float32 beside weights of fewer bits, so that stages add up without rounding; off. Without it,
@@ -83,20 +83,21 @@ class PeriodicLoRA:
         opt: torch.optim.Optimizer,
         *,
         every: int = 200,
-        momentum: float = 0.0,
+        stage_momentum: float = 0.0,
         schedule: Callable[[int], float] | None = None,
         master: bool = False,
         seed: int = 0,
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: must be at least 1")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}: must be at least 0 and below 1")
+        if not 0 <= stage_momentum < 1:
+            raise ValueError(f"stage_momentum={stage_momentum}: must be at least 0 and below 1")
         for path, adapter in adapters(model).items():
             plain = type(adapter).forward is LowRank.forward and type(adapter).folded is LowRank.folded
             if not plain or type(adapter).between is not LowRank.between:  # pyright: ignore[reportAttributeAccessIssue]
                 raise ValueError(f"model: {type(adapter).__name__} at {path!r} does more than add a product to the weight")
-        self.model, self.opt, self.every, self.momentum, self.schedule, self.seed = model, opt, every, momentum, schedule, seed
+        self.model, self.opt, self.seed = model, opt, seed
+        self.every, self.stage_momentum, self.schedule = every, stage_momentum, schedule
         trained = {p for group in opt.param_groups for p in group["params"] if p.requires_grad}
         if missing := next((pair.name for pair in pairs(model) if not {pair.A, pair.B} <= trained), None):
             raise ValueError(f"opt: does not train A and B at {missing!r}; make it of the adapted model")
@@ -122,8 +123,8 @@ class PeriodicLoRA:
         kept = attached(self.model)
         if kept is None or kept.folded:
             raise ValueError("model is folded or without adapters; a stage ends while they train: unfold(model), or remove()")
-        kept.rewritten = f"{type(self).__name__} has put products of {self.stage + 1} stages into them"
         self.stage += 1
+        self._say(kept)
         found = pairs(self.model)
         for pair in found:
             self._into_weight(pair)
@@ -131,11 +132,15 @@ class PeriodicLoRA:
         self._forget([p for pair in found for p in (pair.A, pair.B)])
         self.step = 0
 
+    def _say(self, kept: Attached) -> None:
+        """The base's weights are not what they were."""
+        kept.rewritten = f"{type(self).__name__} has put products of {self.stage} stages into them"
+
     def _into_weight(self, pair: Pair) -> None:
         rows, weight = pair.layer.adapter.layout.rows, pair.layer.weight
         down, up, scale = pair.layer.adapter.factors()
         before = wide(weight.detach())
-        change = (1 - self.momentum) * scale * (wide(up) @ wide(down))
+        change = (1 - self.stage_momentum) * scale * (wide(up) @ wide(down))
         held = self.masters.get(pair.name, before)
         moved = held + rows.stored(change.to(held.dtype), weight.shape)
         weight.data.copy_(moved)
@@ -145,8 +150,8 @@ class PeriodicLoRA:
         self.rounding[pair.name] = float(_whole((wide(weight.detach()) - moved).norm())) / size if size else 0.0
 
     def _begin(self, pair: Pair) -> None:
-        if self.momentum:
-            pair.B.mul_(self.momentum)
+        if self.stage_momentum:
+            pair.B.mul_(self.stage_momentum)
             return
         place = Place(pair.name, pair.layer, pair.layer.adapter.layout)
         draw = Draw(self.seed, f"{pair.name} {self.stage}", pair.A)
@@ -185,6 +190,9 @@ class PeriodicLoRA:
             raise ValueError(f"state_dict: has {'other masters' if mine else 'nothing'} of {KEY}; build it as what was saved")
         self.step, self.stage = int(mine["step"]), int(mine["stage"])
         self.masters = {name: tensor.clone() for name, tensor in mine["masters"].items()}
+        kept = attached(self.model)
+        if kept is not None and self.stage:
+            self._say(kept)
         return {key: value for key, value in saved.items() if key != KEY}
 
 

@@ -1,4 +1,4 @@
-"""A GPT that has read Python reads prose: what `adapters.py` weighs adapters on. `adapters.py base` trains it first."""
+"""A GPT that has read Python reads prose: a study of `adapters.py`. `adapters.py base` trains it first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poise.compare.tasks import Split
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
+BENCHMARKS = Path(__file__).resolve().parents[2]
 if str(BENCHMARKS) not in sys.path:  # a worker of a comparison opens this file by itself
     sys.path.append(str(BENCHMARKS))
 

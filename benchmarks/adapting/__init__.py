@@ -1,0 +1,1 @@
+"""Adapters weighed: on what, which, what their papers say, and the page."""
