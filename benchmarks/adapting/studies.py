@@ -103,4 +103,5 @@ STUDIES = {study.task: study for study in (PROSE, GLOSSES)}
 def weighed(study: Study) -> set[str]:
     """Names, in the catalog, of the methods that it weighs, but for full fine-tuning."""
     entries = parse(",".join(study.methods)).values()
-    return {entry.method.name for entry in entries} | {entry.fixed.get("around", "lora") for entry in entries} - {"adamw", "muon"}
+    named = {entry.method.name for entry in entries} | {entry.fixed.get("around", "lora") for entry in entries}
+    return named - {"adamw", "muon"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from poise import catalog
 from poise.compare.digits import BOUNDS, number, ratio, spread
@@ -49,7 +49,7 @@ def render(found: Mapping[str, Results]) -> str:
     budgets = "\n".join(f"- {budget(results)}" for results in found.values())
     parts = [HEAD.format(budgets=budgets, missing=missing(found))]
     parts += [section(results) for results in found.values()]
-    parts += ["## What papers say, and what was seen\n", CLAIMS_HEAD, judged(found)]
+    parts += ["## What papers say, and what was seen\n", CLAIMS_HEAD, judged(found, CLAIMS)]
     return "\n".join(parts)
 
 
@@ -117,10 +117,10 @@ def cells(results: Results, found: MethodResult) -> list[str]:
     ]
 
 
-def judged(found: Mapping[str, Results]) -> str:
+def judged(found: Mapping[str, Results], claims: Sequence[Claim]) -> str:
     """Every claim under its outcome; one that comes out differently on two tasks stands under both."""
     by_outcome: dict[str, list[str]] = {outcome: [] for outcome in OUTCOMES}
-    for claim in CLAIMS:
+    for claim in claims:
         findings = verdicts(claim, found)
         if not findings:
             by_outcome["not judged"].append(line(claim, [claim.why]))

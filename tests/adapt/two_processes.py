@@ -1,4 +1,4 @@
-"""What each of two processes does for the tests of AltLoRA: train an adapted model over gloo, and leave a file of results."""
+"""What each of two processes does for `test_two_processes.py`: train a model over gloo, and leave a file of results."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from poise.adapt import AltLoRA, AltLoRAPlus, attach
+from poise.adapt import AltLoRA, AltLoRAPlus, PeriodicLoRA, attach, kappa_tune
+from poise.optim import AdamW
 
 WORLD = 2
 
 
-def model() -> Any:
-    """Rows that do not divide by two, and biases that train beside."""
+def model(kind: str) -> Any:
+    """Rows that do not divide by two, and biases that train beside; or the second weight alone, which kappa_tune chooses."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = nn.Sequential(nn.Linear(12, 65), nn.Tanh(), nn.Linear(65, 7))
-    attach(made, "lora", ["0", "2"], rank=3, seed=0, also="*bias")
+    if kind != "kappa-tune":
+        attach(made, "lora", ["0", "2"], rank=3, seed=0, also="*bias")
     return made
 
 
@@ -47,18 +49,27 @@ def step(made: Any, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
 
 
 def whole(made: Any) -> list[Tensor]:
-    trained = [p for p in made.parameters() if p.requires_grad]
-    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in trained]
+    """All that a model holds: also of what is frozen, the weights into which stages go."""
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in made.parameters()]
 
 
 def build(kind: str, made: Any, **settings: Any) -> torch.optim.Optimizer:
-    made_of: Any = {"altlora": AltLoRA, "altlora-plus": AltLoRAPlus}[kind]
-    return made_of(made, lr=0.1 if kind == "altlora" else 1e-3, backend="eager", **settings)
+    """Of a model that is sharded already, or is going to be a replica."""
+    if kind == "altlora":
+        return AltLoRA(made, lr=0.1, backend="eager", **settings)
+    if kind == "altlora-plus":
+        return AltLoRAPlus(made, lr=1e-3, backend="eager", **settings)
+    if kind == "kappa-tune":
+        assert kappa_tune(made, 1) == ["2.weight"]
+    opt = AdamW(made, lr=1e-2, backend="eager")
+    if kind == "periodic-lora":
+        PeriodicLoRA(made, opt, every=2, **settings)
+    return opt
 
 
 def sharded(kind: str, **settings: Any) -> dict[str, list[Tensor]]:
     """FSDP2, with its state taken out and put into a new run half way, against one process."""
-    made, fresh, alone = model(), model(), model()
+    made, fresh, alone, start = (model(kind) for _ in range(4))
     mesh = init_device_mesh("cpu", (WORLD,))
     for one in (made, fresh):
         fully_shard(one, mesh=mesh)
@@ -66,24 +77,27 @@ def sharded(kind: str, **settings: Any) -> dict[str, list[Tensor]]:
     for number in range(5):
         if number == 3:
             fresh.load_state_dict(copy.deepcopy(made.state_dict()))
-            set_optimizer_state_dict(fresh, other, copy.deepcopy(get_optimizer_state_dict(made, opt)))
+            if kind == "periodic-lora":  # what a driver or a trainer keeps is in the optimizer's own state_dict alone
+                other.load_state_dict(copy.deepcopy(opt.state_dict()))
+            else:
+                set_optimizer_state_dict(fresh, other, copy.deepcopy(get_optimizer_state_dict(made, opt)))
             made, opt = fresh, other
         step(made, opt, *batch())
         step(alone, twin, *batch())
-    return {"found": whole(made), "alone": whole(alone)}
+    return {"start": whole(start), "found": whole(made), "alone": whole(alone)}
 
 
 def replicated(kind: str, **settings: Any) -> dict[str, list[Tensor]]:
     """DDP, each rank with half of the batch, against one process with all of it."""
-    made, alone = model(), model()
+    made, alone, start = (model(kind) for _ in range(3))
+    opt, twin = build(kind, made, **settings), build(kind, alone, **settings)
     replica = DistributedDataParallel(made)
-    opt, twin = build(kind, replica, **settings), build(kind, alone, **settings)
     x, y = batch()
     mine = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
     for _ in range(5):
         step(replica, opt, x[mine], y[mine])
         step(alone, twin, x, y)
-    return {"found": whole(made), "alone": whole(alone)}
+    return {"start": whole(start), "found": whole(made), "alone": whole(alone)}
 
 
 SCENARIOS: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -92,6 +106,11 @@ SCENARIOS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "fsdp joint": (sharded, "altlora", {"joint": True}),
     "ddp": (replicated, "altlora", {}),
     "ddp plus": (replicated, "altlora-plus", {"joint": True}),
+    "fsdp stages": (sharded, "periodic-lora", {}),
+    "fsdp stages with momentum": (sharded, "periodic-lora", {"stage_momentum": 0.5}),
+    "ddp stages": (replicated, "periodic-lora", {"stage_momentum": 0.5}),
+    "fsdp kappa": (sharded, "kappa-tune", {}),
+    "ddp kappa": (replicated, "kappa-tune", {}),
 }
 
 

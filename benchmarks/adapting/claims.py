@@ -1,0 +1,31 @@
+"""What papers say of their adapters, each with the comparison that would show it."""
+
+from __future__ import annotations
+
+from league.claims import Claim
+from league.judging import level, lower
+
+CLAIMS = (
+    Claim("lora", "on a par with full fine-tuning, or better", level("lora", "adamw")),
+    Claim("lora", "with the scale of rsLoRA, no worse than with LoRA's", level("rslora", "lora")),
+    Claim("dora", "better than LoRA", lower("dora", "lora")),
+    Claim("altlora", "better than LoRA trained by AdamW", lower("altlora", "lora")),
+    Claim("altlora-plus", "better than LoRA trained by AdamW", lower("altlora-plus", "lora")),
+    Claim("lora-sb", "better than LoRA with 27 to 90 times fewer parameters", lower("lora-sb-small", "lora")),
+    Claim("goat", "better than LoRA", lower("goat", "lora")),
+    Claim("goat", "closes the gap to full fine-tuning", level("goat", "adamw")),
+    Claim("periodic-lora", "learns more than LoRA in the same memory", lower("periodic-lora", "lora")),
+    Claim("compacter", "on a par with full fine-tuning, or better", level("compacter", "adamw")),
+    Claim("lora-ggpo", "better than LoRA", lower("lora-ggpo", "lora")),
+    Claim("queryable-lora", "better than LoRA with about as many parameters", lower("queryable-lora", "lora")),
+    Claim("diffora", "better than LoRA beside every layer", lower("diffora", "lora")),
+    Claim("kappatune", "forgets less", why="the first task is not read again here; its tests do"),
+    Claim(
+        "pair-customization",
+        "separates style from content",
+        why="its two spaces train as one here, since no task comes in pairs; its tests plant such a pair",
+    ),
+    Claim("ecotta", "adapts to what it meets, without labels", why="nothing here meets a change without labels; its tests do"),
+    Claim("gazal-r1", "two stages beat larger models on medical questions", why="a recipe for 32 billion parameters"),
+    Claim("lora-limits", "large norms of adapters make faster algorithms impossible", why="a theorem, not a comparison"),
+)
