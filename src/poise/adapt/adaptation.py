@@ -95,8 +95,8 @@ class Draw:
     """
 
     def __init__(self, seed: int, path: str, like: Tensor) -> None:
-        key = int.from_bytes(hashlib.sha256(f"{seed}\0{path}".encode()).digest()[:7], "big")
-        self.generator = torch.Generator().manual_seed(key)
+        self.key = int.from_bytes(hashlib.sha256(f"{seed}\0{path}".encode()).digest()[:7], "big")
+        self.generator = torch.Generator().manual_seed(self.key)
         self.device, self.dtype = like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def zeros(self, *shape: int) -> Tensor:
@@ -110,3 +110,8 @@ class Draw:
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return (drawn * std).to(self.device, self.dtype)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Normal, for what is drawn in every pass: on the device itself, so that other kinds of device draw other numbers."""
+        generator = torch.Generator(self.device).manual_seed(self.key)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)

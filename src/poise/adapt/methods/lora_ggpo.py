@@ -94,7 +94,7 @@ class Perturbed(LowRank):
 
     def normal(self, count: int) -> Tensor:
         """Z of a pass, the same when it is computed again."""
-        return Draw(self.seed, str(count), self.lora_A).normal(self.layout.outputs, self.layout.inputs)
+        return Draw(self.seed, str(count), self.lora_A).noise(self.layout.outputs, self.layout.inputs)
 
 
 @method(
