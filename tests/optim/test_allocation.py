@@ -320,3 +320,33 @@ def test_a_shard_that_is_frozen_has_no_state_until_it_is_unfrozen(state: str, me
     assert opt.state_bytes() == 2 * one
     assert all(isinstance(v, DTensor) and v.shape[0] == 64 for key, v in opt.state[params[1]].items() if key != "step")
     assert torch.equal(params[0].to_local(), params[1].to_local())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8", "int4-rank1"])
+def test_state_is_read_as_numbers_in_whatever_format(state: str) -> None:
+    """After one step AdamW's moments are what the gradient says, up to the format's rounding; what is read is a copy."""
+    (start, (grads,)) = draw(SHAPES, 1, dtype=torch.float32)
+    params, exact = leaves(start), leaves(start)
+    opt, twin = AdamW(params, lr=0.1, state=state), AdamW(exact, lr=0.1)
+    for some, one in ((params, opt), (exact, twin)):
+        for p, g in zip(some, grads, strict=True):
+            assert g is not None
+            p.grad = g.clone()
+        one.step()
+    for p, g in zip(params, grads, strict=True):
+        assert g is not None
+        kept, found = {key: value.clone() for key, value in opt.state[p].items()}, opt.values(p)
+        assert set(found) == {"exp_avg", "exp_avg_sq"} and all(value.shape == p.shape for value in found.values())
+        for key, wanted in (("exp_avg", 0.1 * g), ("exp_avg_sq", 0.001 * g * g)):
+            off = 0.0 if state == "fp32" or p.ndim == 1 else 0.2 if state == "int4-rank1" else 0.03
+            assert float((found[key] - wanted).abs().max()) <= (off + 1e-6) * float(wanted.abs().max())
+            found[key].zero_()
+        assert all(torch.equal(opt.state[p][key], value) for key, value in kept.items())
+    with pytest.raises(ValueError, match=r"shape \[64, 128\] is no parameter"):
+        opt.values(exact[0])
+
+
+def test_a_frozen_parameter_has_no_values_until_it_has_state() -> None:
+    params = half(draw(SHAPES, 1)[0])
+    opt = AdamW(params, lr=0.1)
+    assert opt.values(params[FROZEN[0]]) == {} and set(opt.values(params[-1])) == {"exp_avg", "exp_avg_sq"}

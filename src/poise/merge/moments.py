@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,22 +25,20 @@ def save_second_moments(
         v ~ (row sums)(column sums) / total,    of matrices, for form="rank1"
 
     Args:
-        optimizer: poise's, also inside a driver, or torch's: whatever keeps `exp_avg_sq` in its state, or Adafactor's two
-            factors.
+        optimizer: poise's, also inside a driver and in every state format, or torch's: whatever keeps `exp_avg_sq` in its
+            state, or Adafactor's two factors.
         model: whose names they get; a parameter with two names gets the first.
         form: "full" (default), or "rank1": d_out + d_in values in place of d_out d_in, exact where v is an outer product.
 
     Raises:
-        ValueError: no parameter of the model has second moments, or they are kept in a packed format.
+        ValueError: no parameter of the model has second moments.
     """
     if form not in ("full", "rank1"):
         raise ValueError(f"form={form!r}: must be 'full' or 'rank1'")
     tensors: dict[str, Tensor] = {}
-    saved = _state(optimizer)
+    state_of = _reader(optimizer)
     for name, p in model.named_parameters():
-        state = saved.get(id(p), {})
-        if "exp_avg_sq.codes" in state:
-            raise ValueError(f"{name}: its second moments are kept in few bits; train with state='fp32' or 'bf16' to save them")
+        state = state_of(p)
         if "exp_avg_sq_row" in state:
             v = _joined(state["exp_avg_sq_row"].double(), state["exp_avg_sq_col"].double()).reshape(p.shape).float()
         elif "exp_avg_sq" in state:
@@ -72,11 +70,12 @@ def _joined(rows: Tensor, columns: Tensor) -> Tensor:
     return rows * columns / torch.where(mean > 0, mean, 1)
 
 
-def _state(optimizer: torch.optim.Optimizer) -> dict[int, Mapping[str, Any]]:
-    """Of each parameter, by identity. `state_dict` numbers them in the order of the groups."""
-    saved = optimizer.state_dict()["state"]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {id(p): saved[i] for i, p in enumerate(params) if i in saved}
+def _reader(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Mapping[str, Any]]:
+    """Gives the state of a parameter, {} for one that is not the optimizer's. poise's own reads it from its format."""
+    inside: Any = getattr(optimizer, "base", optimizer)  # of a driver, the innermost
+    held = {id(p) for group in inside.param_groups for p in group["params"]}
+    read: Callable[[Tensor], Mapping[str, Any]] = getattr(inside, "values", lambda p: inside.state.get(p, {}))
+    return lambda p: read(p) if id(p) in held else {}
 
 
 class SecondMoments(Checkpoint):

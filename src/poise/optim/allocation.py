@@ -88,3 +88,11 @@ def drop(groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, dict
                     del state[tensor]
                 else:
                     state[tensor] = {LOW: low}
+
+
+def values(member: Member) -> dict[str, Tensor]:
+    """Its own state, read from the formats that it is kept in."""
+    if not member.awake:
+        return {}
+    read = {key: (store, store.read(member.state).clone()) for key, store in member.stores.items()}
+    return {key: shards.like(member.tensor, value, store.slot.shape, member.dims[key]) for key, (store, value) in read.items()}

@@ -221,6 +221,21 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             self._feeds = held
 
+    @torch.no_grad()
+    def values(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of one parameter as numbers, in whatever format it is kept: `opt.values(p)["exp_avg_sq"]`.
+
+        Copies, in the dtype that the rule computes in, sharded as the parameter is; {} before it has state. What parameters
+        share, and the lower halves of split weights, are not among them.
+
+        Raises:
+            ValueError: the parameter is not one of this optimizer's.
+        """
+        member = next((m for m in self._current().everyone if m.tensor is param), None)
+        if member is None:
+            raise ValueError(f"values(param): a tensor of shape {list(param.shape)} is no parameter of this optimizer")
+        return allocation.values(member)
+
     def state_bytes(self) -> int:
         """Bytes of state that this process holds."""
         self._current()
