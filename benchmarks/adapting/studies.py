@@ -40,18 +40,22 @@ class Study:
         return ["compare", str(self.file), "--methods", ",".join(self.methods), *flags, "--budgets", ""]
 
 
+OF_RANK_8 = (
+    "adamw",
+    "lora(rank=8)",
+    "rslora=lora(rank=8,rank_stabilized=True)",
+    "dora(rank=8)",
+    "altlora=lora(rank=8,around=altlora,alpha=8.0)",
+    "altlora-plus=lora(rank=8,around=altlora-plus,alpha=8.0)",
+    "lora-muon=lora(rank=8,around=muon)",
+)
+
 # About 78 thousand parameters each, as LoRA of rank 8 beside all hidden layers has; and LoRA-SB with a fortieth of them.
 PROSE = Study(
     "python_to_prose",
     "a GPT trained here, which had read Python, reads prose",
     (
-        "adamw",
-        "lora(rank=8)",
-        "rslora=lora(rank=8,rank_stabilized=True)",
-        "dora(rank=8)",
-        "altlora=lora(rank=8,around=altlora,alpha=8.0)",
-        "altlora-plus=lora(rank=8,around=altlora-plus,alpha=8.0)",
-        "lora-muon=lora(rank=8,around=muon)",
+        *OF_RANK_8,
         "periodic-lora(rank=8,every=25)",
         "lora-sb(rank=52)",
         "lora-sb-small=lora-sb(rank=8)",
@@ -74,13 +78,7 @@ GLOSSES = Study(
     "minilm_glosses",
     "all-MiniLM-L6-v2, as published, tells which meaning is that of the noun that a sentence of WordNet uses",
     (
-        "adamw",
-        "lora(rank=8)",
-        "rslora=lora(rank=8,rank_stabilized=True)",
-        "dora(rank=8)",
-        "altlora=lora(rank=8,around=altlora,alpha=8.0)",
-        "altlora-plus=lora(rank=8,around=altlora-plus,alpha=8.0)",
-        "lora-muon=lora(rank=8,around=muon)",
+        *OF_RANK_8,
         "periodic-lora(rank=8,every=20)",
         "lora-sb(rank=96)",
         "lora-sb-small=lora-sb(rank=16)",

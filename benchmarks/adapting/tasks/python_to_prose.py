@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor, nn
-
-from poise.compare.tasks import Split
 
 BENCHMARKS = Path(__file__).resolve().parents[2]
 if str(BENCHMARKS) not in sys.path:  # a worker of a comparison opens this file by itself
@@ -18,15 +13,4 @@ from text_domains import Text  # noqa: E402
 
 TASK = Text(("prose",), BENCHMARKS.parent / "runs" / "adapters" / "base" / "model")
 unit, fingerprint = TASK.unit, TASK.fingerprint
-
-
-def model() -> nn.Module:
-    return TASK.model()
-
-
-def batches(split: Split, seed: int = 0) -> Iterator[Tensor]:
-    return TASK.batches(split, seed)
-
-
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return TASK.loss(model, batch)
+model, batches, loss = TASK.model, TASK.batches, TASK.loss
