@@ -118,7 +118,6 @@ def test_the_search_ranks_two_layers_that_matter_before_six_that_do_not(relaxati
             planted.model, places(planted.model, nn.Linear), seed, planted.losses()
         )
         found.append(settled.selected == planted.wanted)
-    print(relaxation, found)
     assert sum(found) >= 4
 
 
@@ -130,7 +129,6 @@ def test_at_equal_parameters_it_beats_layers_chosen_at_random() -> None:
         chosen = [tuple(sorted(draws.sample(paths, 2))) for _ in range(4)]
         others = [planted.trained(DiffoRA(**SMALL, selected=some)) for some in chosen if some != planted.wanted]
         assert {n for _, n in others} == {count} == {2 * 2 * (6 + 16)}
-        print(f"{ours:.4f}", [f"{error:.4f}" for error, _ in others])
         assert ours < 0.8 * min(error for error, _ in others)
 
 

@@ -51,7 +51,8 @@ class PeriodicLoRA:
         detach(fold(model))
 
     It hooks into the optimizer: loops, schedulers and trainers see the optimizer they had. Count and stage stand in the
-    optimizer's state_dict. The weights of the base change, so that the result is the folded model: `export` refuses.
+    optimizer's state_dict, under "periodic_lora", which torch's `get_optimizer_state_dict` leaves out: save it beside that one.
+    The weights of the base change, so that the result is the folded model: `export` refuses.
 
     Args:
         model: adapted by LoRA, or by a method that adds a product as it does.
