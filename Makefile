@@ -22,7 +22,7 @@ help:
 	@echo "make test     install and run the tests"
 	@echo "make bench    install and measure step times beside other libraries'"
 	@echo "make gpu-check  ten minutes on your GPU, and a JSON file to send back"
-	@echo "make lint     ruff, pyright and the import contracts"
+	@echo "make lint     ruff, pyright, the import contracts, and whether the site builds"
 	@echo "make format   mend what ruff can mend"
 	@echo "make docs     build the site into build/site"
 	@echo "make stubs    after adding a rule: let type checkers see it"
@@ -93,12 +93,13 @@ gpu-check:
 
 # Every check runs, whatever the one before it said.
 lint: $(VENV)/.lint stubs
-	@failed=; \
+	@failed=; export NO_MKDOCS_2_WARNING=1; \
 	check() { echo "== $$*"; "$(BIN)/$$@" || failed="$$failed, $$*"; }; \
 	check ruff check .; \
 	check ruff format --check .; \
 	check pyright --pythonpath $(BIN)/python; \
 	check lint-imports; \
+	check mkdocs build --strict; \
 	if [ -n "$$failed" ]; then echo "lint: failed: $${failed#, }"; exit 1; else echo "lint: good"; fi
 
 format: $(VENV)/.lint

@@ -6,6 +6,7 @@ mkdocs calls `on_files` once in each build (`hooks:` in mkdocs.yml). A method th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,11 @@ def references(spec: Any) -> list[str]:
     return [name for inner in spec for name in references(inner)] if isinstance(spec, list) else []
 
 
+def compared(folder: Path) -> list[Path]:
+    """The files of results that `poise compare` wrote; other measurements lie beside them."""
+    return [path for path in sorted(folder.glob("*.json")) if "schema_version" in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the made pages to those that mkdocs has found."""
     from mkdocs.structure.files import File
@@ -131,7 +137,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "contributing.md", abs_src_path=str(contributing)))
     schema = Results.model_json_schema(mode="serialization")
     files.append(File.generated(config, "results.md", content=results_page(schema)))
-    for found in sorted(Path(config.docs_dir, "results").glob("*.json")):
+    for found in compared(Path(config.docs_dir, "results")):
         page = report.render(Results.read(found))
         files.append(File.generated(config, f"results/{found.stem}-report.html", content=page))
     entries = methods()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import docs_pages
 
 from poise.catalog import Method, Paper, choice, log_uniform, methods, uniform
@@ -73,3 +75,11 @@ def test_types_are_in_jsons_words() -> None:
     assert kinds["edges"] == 'object of `"low"` or `"high"` by name'
     assert docs_pages.kind(SCHEMA["$defs"]["Run"]["properties"]["curve"]) == "list of [integer, number]"
     assert docs_pages.kind(SCHEMA["properties"]["kind"]) == '`"poise.compare"`'
+
+
+def test_every_comparison_among_the_results_can_be_shown_and_what_is_none_is_left_out() -> None:
+    folder = Path(__file__).resolve().parents[1] / "docs" / "results"
+    found = docs_pages.compared(folder)
+    assert {"code-lm.json", "digits.json"} <= {path.name for path in found}
+    assert folder / "merging.json" not in found
+    assert all(results.Results.read(path).methods for path in found)

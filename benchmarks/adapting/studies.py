@@ -47,6 +47,8 @@ OF_RANK_8 = (
     "dora(rank=8)",
     "altlora=lora(rank=8,around=altlora,alpha=8.0)",
     "altlora-plus=lora(rank=8,around=altlora-plus,alpha=8.0)",
+    "altlora-joint=lora(rank=8,around=altlora,alpha=8.0,joint=True)",
+    "altlora-plus-joint=lora(rank=8,around=altlora-plus,alpha=8.0,joint=True)",
     "lora-muon=lora(rank=8,around=muon)",
 )
 
