@@ -1,11 +1,12 @@
 """Adapters weighed: a GPT that has read Python reads prose, and MiniLM tells meanings apart, every method with about as many
 parameters that train.
 
-    python benchmarks/adapters.py base                          trains the GPT on Python, minutes
-    python benchmarks/adapters.py run [--studies python_to_prose] hours; stopped, it goes on where it was
-    python benchmarks/adapters.py page                          docs/results/adapters.md, of the JSON files beside it
+    python benchmarks/adapters.py base                           trains the GPT on Python, minutes
+    python benchmarks/adapters.py run [--studies minilm_glosses] half an hour each; stopped, it goes on where it was
+    python benchmarks/adapters.py page                           docs/results/adapters.md, of the JSON files beside it
 
-The comparison is that of `poise compare`, with equal tuning and paired seeds. glosses.py says what MiniLM's needs.
+The comparison is that of `poise compare`, with equal tuning and paired seeds. glosses.py says what MiniLM's needs; the
+page's figures need a Chromium.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapting.page import page
+from adapting.page import called, page
 from adapting.studies import STUDIES, Study
+from league import figures
 from text_domains import Text
 
 from poise import catalog
@@ -52,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.docs.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(RUNS / name / "results.json", file(args.docs, name))
     found = {name: Results.read(file(args.docs, name)) for name in STUDIES if file(args.docs, name).exists()}
+    for name, text in figures.draw({called(name): figures.differences(results) for name, results in found.items()}).items():
+        write_whole(args.docs / f"{name}.svg", text)
     write_whole(args.docs / "adapters.md", page(found))
     return 0
 
 
 def file(docs: Path, study: str) -> Path:
-    return docs / f"adapters-{study.replace('_', '-')}.json"
+    return docs / f"{called(study)}.json"
 
 
 def weigh(study: Study, workers: int) -> None:

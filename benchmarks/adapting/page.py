@@ -59,12 +59,18 @@ def section(results: Results) -> str:
         [
             f"## {results.task}\n",
             f"Verdict: {results.verdict.sentence}.\n",
+            f"![Final loss of every method minus full fine-tuning's]({called(results.task)}.svg)\n",
             f"| {' | '.join(head)} |",
             f"|---|{'---:|' * (len(head) - 3)}---|---:|",
             *rows,
-            f"\nWhat was entered:\n\n{entered}\n",
+            f"\nEvery run, every trial: [report]({called(results.task)}-report.html). What was entered:\n\n{entered}\n",
         ]
     )
+
+
+def called(study: str) -> str:
+    """The name that its files have, before what they are."""
+    return f"adapters-{study.replace('_', '-')}"
 
 
 def cells(results: Results, one: MethodResult) -> list[str]:
