@@ -3,6 +3,7 @@ parameters that train.
 
     python benchmarks/adapters.py base                           trains the GPT on Python, minutes
     python benchmarks/adapters.py run [--studies minilm_glosses] half an hour each; stopped, it goes on where it was
+    python benchmarks/adapters.py forget                         what is forgotten of Python, ten minutes after `run`
     python benchmarks/adapters.py page                           docs/results/adapters.md, of the JSON files beside it
 
 The comparison is that of `poise compare`, with equal tuning and paired seeds. glosses.py says what MiniLM's needs; the
@@ -16,8 +17,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapting.forgetting import measure, read
 from adapting.page import called, page
-from adapting.studies import STUDIES, Study
+from adapting.studies import PROSE, STUDIES, Study
 from league import figures
 from text_domains import Text
 
@@ -29,12 +31,13 @@ from poise.compare.fit import Fit, fit
 from poise.compare.results import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
+FORGETTING_SEEDS = 3
 RUNS, DOCS = ROOT / "runs" / "adapters", ROOT / "docs" / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["base", "run", "page"])
+    parser.add_argument("what", choices=["base", "run", "forget", "page"])
     parser.add_argument("--base-steps", type=int, default=1200, metavar="N", help="on Python; %(default)s")
     parser.add_argument("--studies", default=",".join(STUDIES), help="of %(default)s")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at once; %(default)s")
@@ -53,10 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             weigh(STUDIES[name], args.workers)
             args.docs.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(RUNS / name / "results.json", file(args.docs, name))
+    forgetting = args.docs / "adapters-forgetting.json"
+    if args.what == "forget":
+        prose = Results.read(file(args.docs, PROSE.task))
+        measure(prose, RUNS / "base" / "model", FORGETTING_SEEDS, forgetting, args.workers)
     found = {name: Results.read(file(args.docs, name)) for name in STUDIES if file(args.docs, name).exists()}
     for name, text in figures.draw({called(name): figures.differences(results) for name, results in found.items()}).items():
         write_whole(args.docs / f"{name}.svg", text)
-    write_whole(args.docs / "adapters.md", page(found))
+    write_whole(args.docs / "adapters.md", page(found, read(forgetting)))
     return 0
 
 

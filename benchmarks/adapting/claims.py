@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 from league.claims import Claim
-from league.judging import level, lower
+from league.judging import Finding, Judge, level, lower
+
+from poise.compare.digits import spread
+from poise.compare.results import Results
+from poise.compare.statistics import paired
+
+from .forgetting import Losses, forgotten
+from .studies import PROSE
+
+
+def forgets_less(ours: str, theirs: str, losses: Losses) -> Judge:
+    """The loss on what was read before rises less."""
+
+    def judge(_: Results) -> Finding:
+        found = paired(forgotten(losses, ours), forgotten(losses, theirs))
+        if found is None or found.low is None or found.high is None:
+            return Finding("not judged", "one of the two diverged on a seed")
+        outcome = "held" if found.high < 0 else "contradicted" if found.low > 0 else "not seen"
+        return Finding(outcome, f"what {ours} forgets minus what {theirs} does: {spread(found, sign='+')}")
+
+    return judge
+
+
+def claims(losses: Losses) -> tuple[Claim, ...]:
+    """All of them; `losses` are those on Python of a model that has read prose since; empty where they are not known."""
+    less, why = (forgets_less("kappatune", "lora", losses), "") if losses else (None, "what is forgotten was not measured")
+    return (*CLAIMS, Claim("kappatune", "forgets less than LoRA beside every layer", less, why, (PROSE.task,)))
+
 
 CLAIMS = (
     Claim("lora", "on a par with full fine-tuning, or better", level("lora", "adamw")),
@@ -21,7 +48,6 @@ CLAIMS = (
     Claim("lora-ggpo", "better than LoRA", lower("lora-ggpo", "lora")),
     Claim("queryable-lora", "better than LoRA with about as many parameters", lower("queryable-lora", "lora")),
     Claim("diffora", "better than LoRA beside every layer", lower("diffora", "lora")),
-    Claim("kappatune", "forgets less", why="the first task is not read again here; its tests do"),
     Claim(
         "pair-customization",
         "separates style from content",

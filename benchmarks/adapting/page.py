@@ -10,9 +10,11 @@ from league.page import CLAIMS_HEAD, judged
 
 from poise.compare.digits import spread
 from poise.compare.results import MethodResult, Results
+from poise.compare.statistics import interval
 
-from .claims import CLAIMS
-from .studies import STUDIES
+from .claims import claims
+from .forgetting import Losses, forgotten
+from .studies import PROSE, STUDIES
 
 HEAD = """\
 # Adapters, weighed
@@ -25,17 +27,22 @@ tables say what these methods do *at this scale, tuned this much*, and nothing a
 How it is done is told in [Comparing fairly](../comparing.md). Each has about as many parameters that train, but for
 `lora-sb-small`; passes in which a method looks at gradients first are charged to it. Loss is on held-out data, with 95 %
 intervals over seeds; state is of the optimizer. `step` is the time of a training step beside that of full fine-tuning. Names
-in bold cannot be told from the best.
+in bold cannot be told from the best.{forgotten}
 
 Made by `python benchmarks/adapters.py page` from the JSON files beside it, which its `base` and `run` write.
 """
 
 
-def page(found: Mapping[str, Results]) -> str:
-    """In Markdown."""
+FORGOTTEN = """
+`forgotten` is how much the loss on held-out Python rose, in the first {seeds} of the seeds."""
+
+
+def page(found: Mapping[str, Results], losses: Losses) -> str:
+    """In Markdown. `losses` are those on Python of the models that have read prose since; empty where they are not known."""
     budgets = "\n".join(f"- {budget(results)}" for results in found.values())
-    parts = [HEAD.format(budgets=budgets), *map(section, found.values())]
-    return "\n".join([*parts, "## What papers say, and what was seen\n", CLAIMS_HEAD, judged(found, CLAIMS)])
+    parts = [HEAD.format(budgets=budgets, forgotten=FORGOTTEN.format(seeds=len(losses["lora"])) if losses else "")]
+    parts += [section(results, losses if results.task == PROSE.task else {}) for results in found.values()]
+    return "\n".join([*parts, "## What papers say, and what was seen\n", CLAIMS_HEAD, judged(found, claims(losses))])
 
 
 def budget(results: Results) -> str:
@@ -48,12 +55,14 @@ def budget(results: Results) -> str:
     )
 
 
-def section(results: Results) -> str:
-    """A study: verdict and table, best first."""
+def section(results: Results, losses: Losses) -> str:
+    """A study: verdict and table, best first; with what was forgotten, where that is known."""
     head = ["", "trains", f"final loss, {results.unit}", f"minus {results.reference}", "minus lora", "state, kB", "step, ms"]
     head += ["step", "chosen", "diverged"]
     ordered = sorted(results.methods, key=lambda one: one.final.mean if one.final else float("inf"))
-    rows = [f"| {' | '.join(cells(results, one))} |" for one in ordered]
+    if losses:
+        head.insert(5, "forgotten")
+    rows = [f"| {' | '.join(cells(results, one, losses))} |" for one in ordered]
     entered = "\n".join(f"- `{method}`" for method in STUDIES[results.task].methods)
     return "\n".join(
         [
@@ -73,7 +82,7 @@ def called(study: str) -> str:
     return f"adapters-{study.replace('_', '-')}"
 
 
-def cells(results: Results, one: MethodResult) -> list[str]:
+def cells(results: Results, one: MethodResult, losses: Losses) -> list[str]:
     runs = one.finals or one.trials
     hyper = one.trials[one.best].hyper if one.best is not None else {}
     timing = one.timing
@@ -83,6 +92,7 @@ def cells(results: Results, one: MethodResult) -> list[str]:
         spread(one.final),
         "" if one.name == results.reference else minus(results, one.name, results.reference),
         "" if one.name == "lora" else minus(results, one.name, "lora"),
+        *([spread(interval(forgotten(losses, one.name)), sign="+")] if losses else []),
         f"{median(run.state_bytes for run in runs) / 1000:,.0f}",
         "" if timing is None else f"{1000 * timing.seconds_per_step:.0f}",
         "" if timing is None else f"{timing.ratio:.2f}×",

@@ -95,7 +95,7 @@ GLOSSES = Study(
     trials=4,
     tune_steps=30,
     steps=60,
-    seeds=5,
+    seeds=4,
 )
 STUDIES = {study.task: study for study in (PROSE, GLOSSES)}
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import adapters
 import glosses
+import pytest
 import torch
-from adapting.claims import CLAIMS
+from adapting.claims import CLAIMS, claims, forgets_less
+from adapting.forgetting import BASE, forgotten, read
 from adapting.page import page
 from adapting.studies import STUDIES, weighed
 from torch import nn
@@ -28,7 +30,9 @@ of rackets, balls and other objects"
 
 def test_the_page_is_what_the_results_say() -> None:
     found = {name: Results.read(adapters.file(adapters.DOCS, name)) for name in STUDIES}
-    assert (adapters.DOCS / "adapters.md").read_text(encoding="utf-8") == page(found)
+    assert (adapters.DOCS / "adapters.md").read_text(encoding="utf-8") == page(
+        found, read(adapters.DOCS / "adapters-forgetting.json")
+    )
     for name, results in found.items():
         study = STUDIES[name]
         assert [one.name for one in results.methods] == list(parse(",".join(study.methods)))
@@ -85,3 +89,13 @@ def test_a_meaning_is_in_one_split() -> None:
     parts = [glosses.part(f"meaning {i}") for i in range(1000)]
     assert parts == [glosses.part(f"meaning {i}") for i in range(1000)]
     assert 750 < parts.count("train") < 850 and min(parts.count("tune"), parts.count("report")) > 70
+
+
+def test_less_is_forgotten_where_the_loss_of_before_rises_less_on_every_seed() -> None:
+    losses = {BASE: [1.2], "a": [1.5, 1.6, 1.4], "b": [1.3, 1.4, 1.2], "c": [1.5, 1.5, 1.5]}
+    assert forgotten(losses, "b") == pytest.approx([0.1, 0.2, 0.0])
+    results = Results.read(adapters.file(adapters.DOCS, "python_to_prose"))
+    outcomes = {pair: forgets_less(*pair, losses)(results).outcome for pair in (("b", "a"), ("a", "b"), ("a", "c"))}
+    assert outcomes == {("b", "a"): "held", ("a", "b"): "contradicted", ("a", "c"): "not seen"}
+    known = {claim.method: claim for claim in claims({})}
+    assert known["kappatune"].judge is None and known["kappatune"].why
