@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from poise.catalog import choice, log_uniform, uniform
 from poise.compare import provenance
-from poise.compare.entries import Entry
+from poise.compare.entries import Entry, parse
 from poise.compare.journal import Journal
 from poise.compare.plan import budget, check, choose
 from poise.compare.results import Settings
@@ -376,6 +376,26 @@ def test_what_is_fixed_is_not_tuned_and_reaches_every_run(journal: Journal) -> N
 def test_what_cannot_be_built_is_said_before_anything_is_run() -> None:
     with pytest.raises(ValueError, match=r"'odd' cannot be built with \{'colour': 'red'\}"):
         check({"odd": Entry(SGD, {"colour": "red"})}, Toy())
+
+
+@pytest.mark.parametrize(
+    ("methods", "meant"),
+    [
+        ("lion(lrr=0.001)", "'lr' by 'lrr'"),
+        ("lion(lr=0.001,weight=0)", "'weights' by 'weight'"),
+        ("lora(rnk=4)", "'rank' by 'rnk'"),
+    ],
+)
+def test_what_may_have_been_meant_is_said(methods: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"; did you mean {meant}\?"):
+        check(parse(methods), Toy())
+
+
+def test_nothing_is_guessed_where_the_name_is_right_or_like_no_other() -> None:
+    for one in (Entry(SGD, {"lr": -1.0}), Entry(SGD, {"colour": "red"}), parse("adamw(lr=-1.0)")["adamw"]):
+        with pytest.raises(ValueError, match="cannot be built with") as error:
+            check({"odd": one}, Toy())
+        assert "did you mean" not in str(error.value)
 
 
 def test_seconds_are_measured_in_turns_after_all_runs(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,12 @@ def train(
             fixed["state"] = state
         if adapt is not None:
             fixed[AROUND] = method
-        entries = {method: entry_of(catalog.get(adapt or method), fixed)}
+        shown = method if adapt is None else f"{adapt} with {method}"
+        entries = {shown: entry_of(catalog.get(adapt or method), fixed)}
         problem = tasks.load(one_task(task, task_option))
         plan.check(entries, problem)
         folder = out or Path("runs", "train", problem.name)
-        run = Fit(problem, entries[method], seed, steps, folder, checkpoint_every, device_of(device))
+        run = Fit(problem, entries[shown], seed, steps, folder, checkpoint_every, device_of(device))
         folder.mkdir(parents=True, exist_ok=True)
         if fresh:
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -63,7 +64,7 @@ def train(
         with interruptible(), Bar(steps, quiet=quiet or as_json) as bar:
 
             def advance(passes: int, loss: float) -> None:
-                bar.begin(f"{method} on {problem.name}, loss {loss:.4f}")
+                bar.begin(f"{shown} on {problem.name}, loss {loss:.4f}")
                 bar.advance(passes)
 
             bar.drop(begun)
@@ -86,7 +87,7 @@ def train(
     else:
         resumed = f" (went on from pass {outcome.resumed_from})" if outcome.resumed_from else ""
         unit = f" {problem.unit}" if problem.unit else ""
-        typer.echo(f"{method} on {problem.name}: {outcome.loss:.4g}{unit} on report after {outcome.passes} passes{resumed}")
+        typer.echo(f"{shown} on {problem.name}: {outcome.loss:.4g}{unit} on report after {outcome.passes} passes{resumed}")
         typer.echo("written: " + ", ".join(str(path) for path in (found["model"], found["adapter"]) if path is not None))
     if outcome.diverged:
         raise typer.Exit(BROKEN)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from poise.catalog import Method
 from poise.compare import coordinate
+from poise.compare.driven import AROUND
 from poise.compare.entries import Entry, as_entry
 from poise.compare.results import Run, Settings
+from poise.compare.staged import ADAPTER
 from poise.compare.tasks import Task
+from poise.optim.options import Options
 
 CANDIDATES = 2  # trials of the reference that compete at each further budget
 
@@ -80,4 +85,13 @@ def check(entries: Mapping[str, Entry], task: Task | None = None) -> None:
                 try:
                     entry.build(task.model(), task)
                 except (ValueError, TypeError) as error:
-                    raise ValueError(f"methods: {name!r} cannot be built with {dict(entry.fixed)}: {error}") from error
+                    said = f"methods: {name!r} cannot be built with {dict(entry.fixed)}: {error}{meant(entry)}"
+                    raise ValueError(said) from error
+
+
+def meant(entry: Entry) -> str:
+    """What a user may have meant by a setting that nothing here has; empty if there is none such."""
+    known = [*inspect.signature(entry.method.target).parameters, *Options.__annotations__, AROUND, ADAPTER]
+    strange = next((name for name in entry.fixed if name not in known), None)
+    near = difflib.get_close_matches(strange, known, n=1) if strange is not None else []
+    return f"; did you mean {near[0]!r} by {strange!r}?" if near else ""
