@@ -94,7 +94,7 @@ GLOSSES = Study(
     ),
     trials=4,
     tune_steps=30,
-    steps=60,
+    steps=50,
     seeds=4,
 )
 STUDIES = {study.task: study for study in (PROSE, GLOSSES)}
