@@ -2,8 +2,8 @@
 parameters that train.
 
     python benchmarks/adapters.py base                           trains the GPT on Python, minutes
-    python benchmarks/adapters.py run [--studies minilm_glosses] half an hour each; stopped, it goes on where it was
-    python benchmarks/adapters.py forget                         what is forgotten of Python, ten minutes after `run`
+    python benchmarks/adapters.py run [--studies minilm_glosses] half an hour and an hour; goes on where it stopped
+    python benchmarks/adapters.py forget                         what is forgotten of Python, a quarter of an hour
     python benchmarks/adapters.py page                           docs/results/adapters.md, of the JSON files beside it
 
 The comparison is that of `poise compare`, with equal tuning and paired seeds. glosses.py says what MiniLM's needs; the
