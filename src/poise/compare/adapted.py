@@ -13,33 +13,26 @@ from torch.optim import Optimizer
 from poise.catalog import Method
 
 from .driven import AROUND
-from .signatures import together
+from .together import Together
 
 HERE = ("targets", "also", "seed")  # settings of `attach` itself
 Losses = Iterable[Callable[[], Tensor]]
 
 
-class Adapted:
-    """Attaches `adapter` to a model and builds the optimizer `base` of it. Settings go to whichever of the two knows them."""
+class Adapted(Together):
+    """Attaches the adapter `outer` to a model and builds the optimizer `inner` of it."""
 
     def __init__(self, adapter: Method, base: Method) -> None:
-        self.adapter, self.base = adapter, base
         self.reads_losses: bool = adapter.target.reads_losses  # pyright: ignore[reportFunctionMemberAccess]
-        self.__wrapped__ = adapter.target  # whose source finished runs are of
-        self.__name__, self.__qualname__ = adapter.name, f"{adapter.name}({AROUND}={base.name})"
-        inside = dict(inspect.signature(base.target).parameters)
-        mine = dict(inspect.signature(adapter.target).parameters)
-        self.own = [*mine, *HERE]
         here = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in HERE}
-        self.__signature__ = together(self.__qualname__, inside, {**mine, **here}, reserved=(AROUND,))
+        super().__init__(adapter, AROUND, base, {**inspect.signature(adapter.target).parameters, **here})
 
     def __call__(self, model: nn.Module, losses: Losses | None = None, **hyper: Any) -> Optimizer:
         from poise.adapt import attach
 
-        hyper.pop(AROUND, None)
-        own = {name: hyper.pop(name) for name in self.own if name in hyper}
-        attach(model, self.adapter.target, losses=losses, **own)  # pyright: ignore[reportArgumentType]
-        return self.base.build(model, **hyper)
+        own, rest = self.parted(hyper)
+        attach(model, self.outer.target, losses=losses, **own)  # pyright: ignore[reportArgumentType]
+        return self.inner.build(model, **rest)
 
 
 def adapted(adapter: Method, base: Method, fixed: dict[str, Any]) -> Method:

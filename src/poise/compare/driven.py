@@ -11,30 +11,23 @@ from torch.optim import Optimizer
 
 from poise.catalog import Method
 
-from .signatures import together
+from .together import Together
 
 AROUND = "around"  # the setting that names the inner optimizer
 MODEL = ("model", "layers")  # parameters of drivers that are given the model
 
 
-class Driven:
-    """Builds the optimizer `base` of a model and `driver` around it. Settings go to whichever of the two knows them."""
+class Driven(Together):
+    """Builds the optimizer `inner` of a model and the driver `outer` around it."""
 
     def __init__(self, driver: Method, base: Method) -> None:
-        self.driver, self.base = driver, base
-        self.__wrapped__ = driver.target  # whose source finished runs are of
-        self.__name__, self.__qualname__ = driver.name, f"{driver.name}(around={base.name})"
-        inside = dict(inspect.signature(base.target).parameters)
         mine = dict(list(inspect.signature(driver.target).parameters.items())[1:])
-        self.own = [name for name in mine if name not in MODEL]
         self.models = [name for name in MODEL if name in mine]
-        own = {name: mine[name] for name in self.own}
-        self.__signature__ = together(self.__qualname__, inside, own, reserved=(AROUND,))
+        super().__init__(driver, AROUND, base, {name: p for name, p in mine.items() if name not in MODEL})
 
     def __call__(self, model: nn.Module, **hyper: Any) -> Optimizer:
-        hyper.pop(AROUND, None)
-        own = {name: hyper.pop(name) for name in self.own if name in hyper}
-        return self.driver.build(self.base.build(model, **hyper), **own, **dict.fromkeys(self.models, model))
+        own, rest = self.parted(hyper)
+        return self.outer.build(self.inner.build(model, **rest), **own, **dict.fromkeys(self.models, model))
 
 
 def driven(driver: Method, base: Method, fixed: dict[str, Any]) -> Method:
