@@ -6,7 +6,6 @@ import json
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from text_domains import Text
@@ -20,7 +19,7 @@ from poise.compare.train import train
 
 from .studies import PROSE
 
-Losses = Mapping[str, Sequence[float]]  # on Python, by method and seed; BASE: before it read prose
+Losses = Mapping[str, Sequence[float | None]]  # on Python, by method and seed, None: diverged; BASE: before it read prose
 BASE = "before"
 
 
@@ -42,22 +41,22 @@ def measure(results: Results, start: Path, seeds: int, file: Path, workers: int)
     """
     jobs = [(start, found.name, run, results.settings.steps) for found in results.methods for run in found.finals[:seeds]]
     task = Before(start)
-    found: dict[str, list[float]] = {BASE: [evaluate(task, task.model(), "report", 0)]}
+    found: dict[str, list[float | None]] = {BASE: [evaluate(task, task.model(), "report", 0)]}
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for name, loss in pool.imap(_again, jobs):
             found.setdefault(name, []).append(loss)
-            print(f"{name}: {loss:.4f}", flush=True)
+            print(f"{name}: {loss}", flush=True)
     write_whole(file, json.dumps(found, indent=1) + "\n")
 
 
-def _again(job: tuple[Path, str, Run, int]) -> tuple[str, float]:
+def _again(job: tuple[Path, str, Run, int]) -> tuple[str, float | None]:
     start, name, before, steps = job
     torch.set_num_threads(1)
     entry = parse(",".join(PROSE.methods))[name]
     run = train(Before(start), entry, before.hyper, number=before.number, seed=before.seed, passes=steps, split="report")
     if run.curve != [tuple(point) for point in before.curve]:
         raise RuntimeError(f"{name}, seed {before.seed}: the run does not go as it did; run the study again first")
-    return name, float("nan") if run.loss is None else run.loss
+    return name, run.loss
 
 
 def read(file: Path) -> Losses:
@@ -65,6 +64,8 @@ def read(file: Path) -> Losses:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def forgotten(losses: Losses, name: str) -> list[float]:
-    """By seed, how much the loss on Python rose."""
-    return [loss - fmean(losses[BASE]) for loss in losses[name]]
+def forgotten(losses: Losses, name: str) -> list[float | None]:
+    """By seed, how much the loss on Python rose; None where the run diverged."""
+    (before,) = losses[BASE]
+    assert before is not None
+    return [None if loss is None else loss - before for loss in losses[name]]

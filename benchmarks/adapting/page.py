@@ -29,7 +29,7 @@ How it is done is told in [Comparing fairly](../comparing.md). Each has about as
 intervals over seeds; state is of the optimizer. `step` is the time of a training step beside that of full fine-tuning. Names
 in bold cannot be told from the best.{forgotten}
 
-Made by `python benchmarks/adapters.py page` from the JSON files beside it, which its `base` and `run` write.
+Made by `python benchmarks/adapters.py page` from the JSON files beside it, which its `base`, `run` and `forget` write.
 """
 
 

@@ -97,5 +97,7 @@ def test_less_is_forgotten_where_the_loss_of_before_rises_less_on_every_seed() -
     results = Results.read(adapters.file(adapters.DOCS, "python_to_prose"))
     outcomes = {pair: forgets_less(*pair, losses)(results).outcome for pair in (("b", "a"), ("a", "b"), ("a", "c"))}
     assert outcomes == {("b", "a"): "held", ("a", "b"): "contradicted", ("a", "c"): "not seen"}
+    diverged = forgets_less("a", "b", {**losses, "a": [1.5, None, 1.4]})(results)
+    assert diverged.outcome == "not judged"
     known = {claim.method: claim for claim in claims({})}
     assert known["kappatune"].judge is None and known["kappatune"].why
